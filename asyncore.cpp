@@ -1,0 +1,1168 @@
+#include "asyncore.hpp"
+
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <sys/select.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <iostream>
+
+namespace asyncore {
+
+namespace {
+
+[[noreturn]] void raise(int err, const char* call) {
+    throw std::system_error(err, std::generic_category(), call);
+}
+
+// A system call is repeated when a signal interrupts it (PEP 475).
+template <typename Call>
+auto uninterrupted(Call call) -> decltype(call()) {
+    for (;;) {
+        const auto result = call();
+        if (result >= 0 || errno != EINTR) return result;
+    }
+}
+
+std::size_t checked(ssize_t result, const char* call) {
+    if (result < 0) raise(errno, call);
+    return static_cast<std::size_t>(result);
+}
+
+bool would_block(int err) { return err == EAGAIN || err == EWOULDBLOCK; }
+
+void set_nonblocking(int fd, bool flag) {
+    const int flags = ::fcntl(fd, F_GETFL);
+    if (flags < 0) raise(errno, "fcntl");
+    const int wanted = flag ? flags | O_NONBLOCK : flags & ~O_NONBLOCK;
+    if (wanted != flags && ::fcntl(fd, F_SETFL, wanted) < 0) raise(errno, "fcntl");
+}
+
+#ifdef MSG_NOSIGNAL
+constexpr int no_signal = MSG_NOSIGNAL;
+#else
+constexpr int no_signal = 0;
+#endif
+
+// A new socket, non-blocking and closed on exec, where the call that made it could not say so.
+std::unique_ptr<socket_type> prepared(int fd) {
+    auto sock = std::make_unique<socket_type>(fd);
+#ifndef SOCK_NONBLOCK
+    set_nonblocking(fd, true);
+    if (::fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) raise(errno, "fcntl");
+#endif
+    return sock;
+}
+
+sockaddr* generic(sockaddr_storage& storage) { return reinterpret_cast<sockaddr*>(&storage); }
+
+// The bytes that the system wants. A name is resolved here, and that may block.
+socklen_t to_sockaddr(const address& addr, const socket_type& sock, sockaddr_storage& storage) {
+    std::memset(&storage, 0, sizeof storage);
+    const auto port = htons(static_cast<std::uint16_t>(addr.port));
+    if (addr.family == AF_UNIX) {
+        auto& un = reinterpret_cast<sockaddr_un&>(storage);
+        un.sun_family = AF_UNIX;
+        addr.host.copy(un.sun_path, sizeof un.sun_path - 1);
+        return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + addr.host.size() + 1);
+    }
+    if (addr.family == AF_INET6) {
+        auto& in6 = reinterpret_cast<sockaddr_in6&>(storage);
+        in6.sin6_family = AF_INET6;
+        in6.sin6_port = port;
+        in6.sin6_flowinfo = htonl(addr.flowinfo);
+        in6.sin6_scope_id = addr.scope_id;
+        if (::inet_pton(AF_INET6, addr.host.c_str(), &in6.sin6_addr) != 1) raise(EINVAL, "inet_pton");
+        return sizeof in6;
+    }
+    if (addr.family == AF_INET) {
+        auto& in = reinterpret_cast<sockaddr_in&>(storage);
+        in.sin_family = AF_INET;
+        in.sin_port = port;
+        if (::inet_pton(AF_INET, addr.host.c_str(), &in.sin_addr) != 1) raise(EINVAL, "inet_pton");
+        return sizeof in;
+    }
+    return to_sockaddr(getaddrinfo(addr, sock.getsockname().family).front(), sock, storage);
+}
+
+}  // namespace
+
+bool DISCONNECTED(int err) noexcept {
+    return err == ECONNRESET || err == ENOTCONN || err == ESHUTDOWN || err == ECONNABORTED || err == EPIPE ||
+           err == EBADF;
+}
+
+std::string _strerror(int err) { return std::generic_category().message(err); }
+
+std::string repr(std::string_view bytes, std::string_view prefix) {
+    const bool apostrophe = bytes.find('\'') != bytes.npos && bytes.find('"') == bytes.npos;
+    const char quote = apostrophe ? '"' : '\'';
+    std::string text(prefix);
+    text += quote;
+    for (const char c : bytes) {
+        const auto byte = static_cast<unsigned char>(c);
+        if (c == quote || c == '\\') {
+            text += '\\';
+            text += c;
+        } else if (c == '\n') {
+            text += "\\n";
+        } else if (c == '\r') {
+            text += "\\r";
+        } else if (c == '\t') {
+            text += "\\t";
+        } else if (byte < 0x20 || byte >= 0x7f) {
+            text += "\\x";
+            text += "0123456789abcdef"[byte >> 4];
+            text += "0123456789abcdef"[byte & 15];
+        } else {
+            text += c;
+        }
+    }
+    text += quote;
+    return text;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Addresses and sockets
+// ---------------------------------------------------------------------------------------------------------
+
+address::address(std::string host_, int port_) : host(std::move(host_)), port(port_) {
+    if (port < 0 || port > 65535) throw std::out_of_range("port must be 0-65535.");
+}
+
+address address::unix_path(std::string path) {
+    if (path.size() >= sizeof(sockaddr_un::sun_path)) throw std::out_of_range("AF_UNIX path too long");
+    address addr;
+    addr.family = AF_UNIX;
+    addr.host = std::move(path);
+    return addr;
+}
+
+address address::from(const sockaddr_storage& storage, socklen_t size) {
+    address addr;
+    addr.family = storage.ss_family;
+    char text[INET6_ADDRSTRLEN] = "";
+    if (storage.ss_family == AF_INET) {
+        const auto& in = reinterpret_cast<const sockaddr_in&>(storage);
+        addr.host = ::inet_ntop(AF_INET, &in.sin_addr, text, sizeof text);
+        addr.port = ntohs(in.sin_port);
+    } else if (storage.ss_family == AF_INET6) {
+        const auto& in6 = reinterpret_cast<const sockaddr_in6&>(storage);
+        addr.host = ::inet_ntop(AF_INET6, &in6.sin6_addr, text, sizeof text);
+        addr.port = ntohs(in6.sin6_port);
+        addr.flowinfo = ntohl(in6.sin6_flowinfo);
+        addr.scope_id = in6.sin6_scope_id;
+    } else if (storage.ss_family == AF_UNIX && size > offsetof(sockaddr_un, sun_path)) {
+        const auto& un = reinterpret_cast<const sockaddr_un&>(storage);
+        const std::string_view path(un.sun_path, size - offsetof(sockaddr_un, sun_path));
+        addr.host = path.substr(0, path.find('\0'));
+    }
+    return addr;
+}
+
+std::string address::repr() const {
+    if (none()) return "None";
+    if (family == AF_UNIX) return asyncore::repr(host);
+    std::string text = "(" + asyncore::repr(host) + ", " + std::to_string(port);
+    if (family == AF_INET6) text += ", " + std::to_string(flowinfo) + ", " + std::to_string(scope_id);
+    return text + ")";
+}
+
+std::string address::str() const {
+    if (none() || family == AF_UNIX || family == AF_INET6) return repr();
+    return host + ":" + std::to_string(port);
+}
+
+const std::error_category& gai_category() noexcept {
+    static const struct : std::error_category {
+        const char* name() const noexcept override { return "getaddrinfo"; }
+        std::string message(int code) const override { return ::gai_strerror(code); }
+    } category;
+    return category;
+}
+
+std::vector<address> getaddrinfo(const address& name, int family) {
+    if (name.family != AF_UNSPEC) return {name};
+    addrinfo hints{};
+    hints.ai_family = family;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICSERV;
+    addrinfo* found = nullptr;
+    const int code = ::getaddrinfo(name.host.c_str(), std::to_string(name.port).c_str(), &hints, &found);
+    if (code == EAI_SYSTEM) raise(errno, "getaddrinfo");
+    if (code != 0) throw std::system_error(code, gai_category());
+    const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> owner(found, &::freeaddrinfo);
+    std::vector<address> all;
+    for (; found; found = found->ai_next) {
+        sockaddr_storage storage{};
+        std::memcpy(&storage, found->ai_addr, std::min<std::size_t>(found->ai_addrlen, sizeof storage));
+        all.push_back(address::from(storage, found->ai_addrlen));
+    }
+    if (all.empty()) throw std::system_error(EAI_NONAME, gai_category());
+    return all;
+}
+
+std::string getfqdn() {
+    char text[NI_MAXHOST] = "localhost";
+    if (::gethostname(text, sizeof text - 1) < 0) return text;
+    const std::string name = text;
+    try {
+        for (const auto& addr : getaddrinfo(address(name, 0))) {
+            sockaddr_storage storage;
+            const auto size = to_sockaddr(addr, socket_type(), storage);
+            const int code = ::getnameinfo(generic(storage), size, text, sizeof text, nullptr, 0, NI_NAMEREQD);
+            if (code == 0 && std::string_view(text).find('.') != std::string_view::npos) return text;
+        }
+    } catch (const std::system_error&) {
+        // a host that does not know its own name
+    }
+    return name;
+}
+
+socket_type::socket_type(int fd) noexcept : fd_(fd) {
+#ifdef SO_NOSIGPIPE
+    const int on = 1;
+    if (fd_ >= 0) ::setsockopt(fd_, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
+}
+
+socket_type::socket_type(int family, int type) : fd_(-1) {
+#ifdef SOCK_NONBLOCK
+    type |= SOCK_NONBLOCK | SOCK_CLOEXEC;
+#endif
+    const int fd = ::socket(family, type, 0);
+    if (fd < 0) raise(errno, "socket");
+    *this = std::move(*prepared(fd));
+}
+
+socket_type& socket_type::operator=(socket_type&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+}
+
+socket_type::~socket_type() {
+    if (fd_ >= 0) ::close(fd_);
+}
+
+std::size_t socket_type::recv(char* buffer, std::size_t size, int flags) {
+    return checked(uninterrupted([&] { return ::recv(fd_, buffer, size, flags); }), "recv");
+}
+
+std::size_t socket_type::send(std::string_view data, int flags) {
+    return checked(uninterrupted([&] { return ::send(fd_, data.data(), data.size(), flags | no_signal); }), "send");
+}
+
+int socket_type::getsockopt(int level, int option) const {
+    int value = 0;
+    socklen_t size = sizeof value;
+    if (::getsockopt(fd_, level, option, &value, &size) < 0) raise(errno, "getsockopt");
+    return value;
+}
+
+void socket_type::setsockopt(int level, int option, int value) {
+    if (::setsockopt(fd_, level, option, &value, sizeof value) < 0) raise(errno, "setsockopt");
+}
+
+void socket_type::close() {
+    if (fd_ < 0) return;
+    const int fd = std::exchange(fd_, -1);
+    if (::close(fd) < 0 && errno != EINTR) raise(errno, "close");
+}
+
+void socket_type::setblocking(bool flag) { set_nonblocking(fd_, !flag); }
+
+void socket_type::bind(const address& addr) {
+    sockaddr_storage storage;
+    const auto size = to_sockaddr(addr, *this, storage);
+    if (::bind(fd_, generic(storage), size) < 0) raise(errno, "bind");
+}
+
+void socket_type::listen(int backlog) {
+    if (::listen(fd_, backlog) < 0) raise(errno, "listen");
+}
+
+int socket_type::connect_ex(const address& addr) {
+    sockaddr_storage storage;
+    const auto size = to_sockaddr(addr, *this, storage);
+    if (::connect(fd_, generic(storage), size) == 0) return 0;
+    return errno == EINTR ? EINPROGRESS : errno;   // an interrupted connect goes on by itself
+}
+
+std::pair<std::unique_ptr<socket_type>, address> socket_type::accept() {
+    sockaddr_storage storage{};
+    socklen_t size = sizeof storage;
+    const int fd = uninterrupted([&] {
+        size = sizeof storage;
+#ifdef SOCK_NONBLOCK
+        return ::accept4(fd_, generic(storage), &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+        return ::accept(fd_, generic(storage), &size);
+#endif
+    });
+    if (fd < 0) raise(errno, "accept");
+    return {prepared(fd), address::from(storage, size)};
+}
+
+address socket_type::getpeername() const {
+    sockaddr_storage storage{};
+    socklen_t size = sizeof storage;
+    if (::getpeername(fd_, generic(storage), &size) < 0) raise(errno, "getpeername");
+    return address::from(storage, size);
+}
+
+address socket_type::getsockname() const {
+    sockaddr_storage storage{};
+    socklen_t size = sizeof storage;
+    if (::getsockname(fd_, generic(storage), &size) < 0) raise(errno, "getsockname");
+    return address::from(storage, size);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The socket map
+// ---------------------------------------------------------------------------------------------------------
+
+map_type::~map_type() { clear(); }
+
+dispatcher* map_type::get(int fd) const noexcept {
+    const auto index = static_cast<std::size_t>(fd);   // -1 is beyond any size
+    return index < slots_.size() ? slots_[index].object : nullptr;
+}
+
+dispatcher* map_type::find(int fd, std::uint64_t registration) const noexcept {
+    const auto index = static_cast<std::size_t>(fd);
+    if (index >= slots_.size() || slots_[index].registration != registration) return nullptr;
+    return slots_[index].object;
+}
+
+std::vector<dispatcher*> map_type::values() const {
+    std::vector<dispatcher*> all;
+    for (const auto& entry : slots_)
+        if (entry.object) all.push_back(entry.object);
+    return all;
+}
+
+void map_type::add(int fd, dispatcher& object) {
+    const auto index = static_cast<std::size_t>(fd);
+    if (fd < 0) throw std::invalid_argument("a closed socket cannot be registered");
+    if (index >= slots_.size()) slots_.resize(index + 1);
+    if (!slots_[index].object) ++size_;
+    slots_[index] = {&object, ++registrations_};
+}
+
+void map_type::remove(int fd, const dispatcher& object) noexcept {
+    if (get(fd) != &object) return;
+    slots_[static_cast<std::size_t>(fd)] = {};
+    --size_;
+}
+
+void map_type::own(std::unique_ptr<dispatcher> object) {
+    if (object->_map != this) throw std::invalid_argument("the object is registered with another map");
+    auto& list = get(object->_fileno) == object.get() ? owned_ : graveyard_;
+    dispatcher& it = *object;
+    list.push_back(std::move(object));
+    if (&list == &graveyard_) return;   // closed already
+    it.owned_ = true;
+    it.self_ = std::prev(owned_.end());
+}
+
+void map_type::bury_the_dead() noexcept {
+    while (depth_ == 0 && !graveyard_.empty()) {
+        std::list<std::unique_ptr<dispatcher>> dead;   // a destructor may close, and so bury, another object
+        dead.swap(graveyard_);
+    }
+}
+
+void map_type::clear() {
+    slots_.clear();
+    size_ = 0;
+    for (auto& object : owned_) object->owned_ = false;
+    graveyard_.splice(graveyard_.end(), owned_);
+    bury_the_dead();
+}
+
+map_type& default_socket_map() {
+    static map_type map;
+    return map;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The loop
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+map_type& given(map_type* map) { return map ? *map : default_socket_map(); }
+
+// The one place where what a handler throws is caught.
+void deliver(dispatcher& obj, void (dispatcher::*event)()) {
+    try {
+        (obj.*event)();
+    } catch (const ExitNow&) {
+        throw;
+    } catch (...) {
+        obj.handle_error();
+    }
+}
+
+}  // namespace
+
+void read(dispatcher& obj) { deliver(obj, &dispatcher::handle_read_event); }
+
+void write(dispatcher& obj) { deliver(obj, &dispatcher::handle_write_event); }
+
+void _exception(dispatcher& obj) { deliver(obj, &dispatcher::handle_expt_event); }
+
+void readwrite(dispatcher& obj, short flags) {
+    // Python does not look again between the steps; here an object that one step closed is left alone.
+    map_type& map = *obj._map;
+    const int fd = obj._fileno;
+    const auto registration = map.get(fd) == &obj ? map.slots_[static_cast<std::size_t>(fd)].registration : 0;
+    const auto gone = [&] { return registration != 0 && map.find(fd, registration) != &obj; };
+    try {
+        if (flags & POLLIN) obj.handle_read_event();
+        if (flags & POLLOUT && !gone()) obj.handle_write_event();
+        if (flags & POLLPRI && !gone()) obj.handle_expt_event();
+        // Python closes at once, and what is still to be read is lost; here reading finds the end.
+        if (flags & (POLLHUP | POLLERR | POLLNVAL) && !(flags & POLLIN) && !gone()) obj.handle_close();
+    } catch (const ExitNow&) {
+        throw;
+    } catch (const std::system_error& error) {
+        if (gone()) return;
+        if (error.code().category() == std::generic_category() && DISCONNECTED(error.code().value()))
+            obj.handle_close();
+        else
+            obj.handle_error();
+    } catch (...) {
+        obj.handle_error();
+    }
+}
+
+// While the map is visited, what closes is not destroyed.
+struct map_type::visit {
+    map_type& map;
+
+    explicit visit(map_type& m) : map(m) { ++map.depth_; }
+    ~visit() {
+        --map.depth_;
+        map.bury_the_dead();
+    }
+    visit(const visit&) = delete;
+    visit& operator=(const visit&) = delete;
+};
+
+// One pass over a map: who waits for what, and until when.
+struct map_type::pass : visit {
+    std::vector<pollfd> wanted;   // in the order of descriptors
+    std::vector<std::uint64_t> wanted_by;
+    clock::time_point nearest = clock::time_point::max();
+
+    explicit pass(map_type& m) : visit(m) {
+        wanted.swap(map.wanted_);
+        wanted_by.swap(map.wanted_by_);
+        wanted.clear();
+        wanted_by.clear();
+    }
+
+    ~pass() {
+        wanted.swap(map.wanted_);
+        wanted_by.swap(map.wanted_by_);
+    }
+
+    void collect() {
+        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
+            const slot asked = map.slots_[fd];
+            if (!asked.object) continue;
+            short events = 0;
+            if (asked.object->readable()) events |= POLLIN | POLLPRI;
+            if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
+            const auto due = asked.object->deadline();
+            if (map.slots_[fd].registration != asked.registration) continue;   // closed by one of the three
+            nearest = std::min(nearest, due);
+            if (events == 0) continue;
+            wanted.push_back({static_cast<int>(fd), events, 0});
+            wanted_by.push_back(asked.registration);
+        }
+    }
+
+    // Waits for `timeout` seconds, or until the nearest deadline, by calling wait(microseconds; < 0: for
+    // ever) until no signal interrupts it.
+    template <typename Wait>
+    void wait(std::optional<double> timeout, Wait wait) const {
+        using namespace std::chrono;
+        constexpr double for_ever = 1e9;   // 31 years
+        auto until = nearest;
+        if (timeout && *timeout < for_ever)
+            until = std::min(until, clock::now() + duration_cast<clock::duration>(duration<double>(*timeout)));
+        for (;;) {
+            microseconds left{-1};
+            if (until != clock::time_point::max()) {
+                const auto now = clock::now();
+                left = until <= now ? left.zero() : ceil<microseconds>(until - now);
+            }
+            if (wait(left) >= 0) return;
+            if (errno != EINTR) raise(errno, "poll");
+        }
+    }
+
+    dispatcher* find(std::size_t i) const { return map.find(wanted[i].fd, wanted_by[i]); }
+
+    void select(std::optional<double> timeout) {
+        fd_set r_wanted, w_wanted, e_wanted, r, w, e;
+        FD_ZERO(&r_wanted);
+        FD_ZERO(&w_wanted);
+        FD_ZERO(&e_wanted);
+        for (const auto& want : wanted) {
+            if (want.events & POLLIN) FD_SET(want.fd, &r_wanted);
+            if (want.events & POLLOUT) FD_SET(want.fd, &w_wanted);
+            FD_SET(want.fd, &e_wanted);
+        }
+        wait(timeout, [&](std::chrono::microseconds left) {
+            r = r_wanted, w = w_wanted, e = e_wanted;
+            timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
+                       static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
+            return ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
+        });
+        const struct {
+            const fd_set& ready;
+            void (*event)(dispatcher&);
+        } steps[] = {{r, asyncore::read}, {w, asyncore::write}, {e, asyncore::_exception}};
+        for (const auto& step : steps)
+            for (std::size_t i = 0; i < wanted.size(); ++i)
+                if (FD_ISSET(wanted[i].fd, &step.ready))
+                    if (dispatcher* obj = find(i)) step.event(*obj);
+    }
+
+    void poll(std::optional<double> timeout) {
+        wait(timeout, [&](std::chrono::microseconds left) {
+            const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
+            return ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
+        });
+        for (std::size_t i = 0; i < wanted.size(); ++i)
+            if (wanted[i].revents)
+                if (dispatcher* obj = find(i)) readwrite(*obj, wanted[i].revents);
+    }
+
+    int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
+
+    // The timeouts that are due.
+    void expire() {
+        if (nearest == clock::time_point::max()) return;
+        const auto now = clock::now();
+        if (nearest > now) return;
+        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
+            dispatcher* obj = map.slots_[fd].object;
+            if (obj && obj->deadline() <= now) deliver(*obj, &dispatcher::handle_timeout);
+        }
+    }
+};
+
+void poll(std::optional<double> timeout, map_type* map_) {
+    map_type& map = given(map_);
+    if (timeout && !(*timeout >= 0)) throw std::invalid_argument("timeout must be non-negative");
+    if (map.empty()) return;
+    map_type::pass pass(map);
+    pass.collect();
+    if (pass.highest() < FD_SETSIZE)
+        pass.select(timeout);
+    else
+        pass.poll(timeout);   // Python: the loop ends with ValueError
+    pass.expire();
+}
+
+void poll2(std::optional<double> timeout, map_type* map_) {
+    map_type& map = given(map_);
+    if (map.empty()) return;
+    map_type::pass pass(map);
+    pass.collect();
+    pass.poll(timeout && *timeout >= 0 ? timeout : std::nullopt);
+    pass.expire();
+}
+
+void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
+    map_type& map = given(map_);
+    for (; !map.empty() && (!count || *count > 0); count ? --*count : 0) {
+        if (use_poll)
+            poll2(timeout, &map);
+        else
+            poll(timeout, &map);
+    }
+}
+
+void close_all(map_type* map_, bool ignore_all) {
+    map_type& map = given(map_);
+    map_type::visit visit(map);
+    for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
+        dispatcher* obj = map.slots_[fd].object;
+        if (!obj) continue;
+        try {
+            obj->close();
+        } catch (const ExitNow&) {
+            throw;
+        } catch (const std::system_error& error) {
+            if (error.code() != std::errc::bad_file_descriptor && !ignore_all) throw;
+        } catch (...) {
+            if (!ignore_all) throw;
+        }
+    }
+    map.clear();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dispatcher
+// ---------------------------------------------------------------------------------------------------------
+
+dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(&given(map)) {
+    if (!sock) return;
+    sock->setblocking(false);
+    socket = std::move(sock);
+    _fileno = socket->fileno();
+    _map->add(_fileno, *this);
+    connected = true;
+    try {
+        addr = socket->getpeername();
+    } catch (const std::system_error& error) {
+        const int err = error.code().value();
+        if (err != ENOTCONN && err != EINVAL) {
+            _map->remove(_fileno, *this);
+            throw;
+        }
+        connected = false;   // a socket that is not connected may be given as well
+    }
+}
+
+dispatcher::~dispatcher() { _map->remove(_fileno, *this); }
+
+std::string dispatcher::repr() const {
+    std::string text = "<" + class_name();
+    if (accepting && !addr.none())
+        text += " listening";
+    else if (connected)
+        text += " connected";
+    if (!addr.none()) text += " " + addr.str();
+    char id[32];
+    std::snprintf(id, sizeof id, " at %#zx>", reinterpret_cast<std::size_t>(this));
+    return text + id;
+}
+
+void dispatcher::add_channel(map_type* map) { (map ? map : _map)->add(_fileno, *this); }
+
+void dispatcher::del_channel(map_type* map) {
+    (map ? map : _map)->remove(_fileno, *this);
+    _fileno = -1;
+}
+
+void dispatcher::create_socket(int family, int type) {
+    family_and_type = {family, type};
+    set_socket(std::make_unique<socket_type>(family, type));
+}
+
+void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
+    _map->remove(_fileno, *this);   // a socket that is replaced takes its registration along
+    socket = std::move(sock);
+    _fileno = socket->fileno();
+    add_channel(map);
+}
+
+void dispatcher::set_reuse_addr() {
+    try {
+        socket->setsockopt(SOL_SOCKET, SO_REUSEADDR, socket->getsockopt(SOL_SOCKET, SO_REUSEADDR) | 1);
+    } catch (const std::system_error&) {
+        // a server without it can do its work
+    }
+}
+
+void dispatcher::listen(int num) {
+    accepting = true;
+    socket->listen(num);
+}
+
+void dispatcher::bind(const address& address) {
+    addr = address;
+    socket->bind(address);
+}
+
+void dispatcher::connect(const address& address) {
+    connected = false;
+    connecting = true;
+    const int err = socket->connect_ex(address);
+    if (err != 0 && err != EISCONN && err != EINPROGRESS && err != EALREADY && !would_block(err))
+        raise(err, "connect");
+    addr = address;
+    if (err == 0 || err == EISCONN) handle_connect_event();
+}
+
+std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::accept() {
+    try {
+        return socket->accept();
+    } catch (const std::system_error& error) {
+        const int err = error.code().value();
+        if (would_block(err) || err == ECONNABORTED) return std::nullopt;
+        throw;
+    }
+}
+
+std::size_t dispatcher::send(std::string_view data) {
+    try {
+        return socket->send(data);
+    } catch (const std::system_error& error) {
+        if (would_block(error.code().value())) return 0;
+        if (!DISCONNECTED(error.code().value())) throw;
+    }
+    handle_close();
+    return 0;
+}
+
+std::string dispatcher::recv(std::size_t buffer_size) {
+    receive_buffer buffer(*_map, buffer_size);
+    return std::string(buffer.data(), recv_into(buffer.data(), buffer_size));
+}
+
+std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
+    try {
+        const std::size_t received = socket->recv(buffer, size);
+        if (received > 0) return received;
+    } catch (const std::system_error& error) {
+        if (!DISCONNECTED(error.code().value())) throw;
+    }
+    handle_close();
+    return 0;
+}
+
+void dispatcher::close() {
+    connected = accepting = connecting = false;
+    del_channel();
+    if (owned_) {
+        owned_ = false;
+        _map->graveyard_.splice(_map->graveyard_.end(), _map->owned_, self_);
+    }
+    if (!socket) return;
+    try {
+        socket->close();
+    } catch (const std::system_error& error) {
+        if (error.code().value() != ENOTCONN && error.code().value() != EBADF) throw;
+    }
+}
+
+void dispatcher::log(std::string_view message) { std::cerr << "log: " << message << '\n'; }
+
+void dispatcher::log_info(std::string_view message, std::string_view type) {
+    if (std::find(ignore_log_types.begin(), ignore_log_types.end(), type) != ignore_log_types.end()) return;
+    std::cout << type << ": " << message << std::endl;
+}
+
+void dispatcher::handle_read_event() {
+    if (accepting) return handle_accept();
+    if (!connected && connecting) handle_connect_event();
+    handle_read();
+}
+
+void dispatcher::handle_connect_event() {
+    const int err = socket->getsockopt(SOL_SOCKET, SO_ERROR);
+    if (err != 0) raise(err, "connect");
+    handle_connect();
+    connected = true;
+    connecting = false;
+}
+
+void dispatcher::handle_write_event() {
+    if (accepting) return;   // a listener has nothing to write
+    if (!connected && connecting) handle_connect_event();
+    handle_write();
+}
+
+void dispatcher::handle_expt_event() {
+    // An exceptional condition is an error of the socket, or an urgent byte.
+    if (socket->getsockopt(SOL_SOCKET, SO_ERROR) != 0)
+        handle_close();
+    else
+        handle_expt();
+}
+
+std::string dispatcher::current_exception_text() {
+    std::string type = "unknown exception", what;
+    try {
+        throw;
+    } catch (const std::system_error& e) {
+        type = "std::system_error", what = e.what();
+    } catch (const std::bad_alloc& e) {
+        type = "std::bad_alloc", what = e.what();
+    } catch (const std::logic_error& e) {
+        type = "std::logic_error", what = e.what();
+    } catch (const std::runtime_error& e) {
+        type = "std::runtime_error", what = e.what();
+    } catch (const std::exception& e) {
+        type = "std::exception", what = e.what();
+    } catch (...) {
+    }
+    const std::string quoted = asyncore::repr(what);   // it may carry a stranger's bytes
+    return type + ":" + quoted.substr(1, quoted.size() - 2);
+}
+
+void dispatcher::handle_error() {
+    // Python: what fails in here ends the loop; here the connection is all that is lost.
+    try {
+        log_info("uncaptured C++ exception, closing channel " + repr() + " (" + current_exception_text() + ")",
+                 "error");
+    } catch (const ExitNow&) {
+        throw;
+    } catch (...) {
+    }
+    try {
+        handle_close();
+    } catch (const ExitNow&) {
+        throw;
+    } catch (...) {
+    }
+}
+
+void dispatcher::handle_expt() { log_info("unhandled incoming priority event", "warning"); }
+
+void dispatcher::handle_read() { log_info("unhandled read event", "warning"); }
+
+void dispatcher::handle_write() { log_info("unhandled write event", "warning"); }
+
+void dispatcher::handle_connect() { log_info("unhandled connect event", "warning"); }
+
+void dispatcher::handle_accept() {
+    if (auto pair = accept()) handle_accepted(std::move(pair->first), pair->second);
+}
+
+void dispatcher::handle_accepted(std::unique_ptr<socket_type> sock, const address&) {
+    sock->close();
+    log_info("unhandled accepted event", "warning");
+}
+
+void dispatcher::handle_close() {
+    log_info("unhandled close event", "warning");
+    close();
+}
+
+void dispatcher::handle_timeout() {
+    log_info("unhandled timeout event", "warning");
+    close();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dispatcher_with_send, file_wrapper, file_dispatcher
+// ---------------------------------------------------------------------------------------------------------
+
+void dispatcher_with_send::initiate_send() {
+    out_buffer.erase(0, dispatcher::send(std::string_view(out_buffer).substr(0, 65536)));
+}
+
+void dispatcher_with_send::handle_write() { initiate_send(); }
+
+bool dispatcher_with_send::writable() { return !connected || !out_buffer.empty(); }
+
+std::size_t dispatcher_with_send::send(std::string_view data) {
+    if (debug) log_info("sending " + asyncore::repr(data, "b"));
+    out_buffer += data;
+    initiate_send();
+    return data.size();
+}
+
+file_wrapper::file_wrapper(int fd) : socket_type(::fcntl(fd, F_DUPFD_CLOEXEC, 0)) {
+    if (fd_ < 0) raise(errno, "dup");
+}
+
+std::size_t file_wrapper::recv(char* buffer, std::size_t size, int) {
+    return checked(uninterrupted([&] { return ::read(fd_, buffer, size); }), "read");
+}
+
+std::size_t file_wrapper::send(std::string_view data, int) {
+    return checked(uninterrupted([&] { return ::write(fd_, data.data(), data.size()); }), "write");
+}
+
+int file_wrapper::getsockopt(int level, int option) const {
+    if (level == SOL_SOCKET && option == SO_ERROR) return 0;
+    throw NotImplementedError("Only asyncore specific behaviour implemented.");
+}
+
+file_dispatcher::file_dispatcher(int fd, map_type* map) : dispatcher(nullptr, map) {
+    connected = true;
+    set_file(fd);
+    set_nonblocking(fd, true);
+}
+
+void file_dispatcher::set_file(int fd) { set_socket(std::make_unique<file_wrapper>(fd)); }
+
+receive_buffer::receive_buffer(map_type& map, std::size_t size)
+    : map_(map), data_(std::move(map.buffer_)), size_(std::exchange(map.buffer_size_, 0)) {
+    if (size_ >= size) return;
+    data_.reset(new char[size]);
+    size_ = size;
+}
+
+receive_buffer::~receive_buffer() {
+    if (map_.buffer_size_ >= size_) return;
+    map_.buffer_ = std::move(data_);
+    map_.buffer_size_ = size_;
+}
+
+}  // namespace asyncore
+
+// ---------------------------------------------------------------------------------------------------------
+// asynchat
+// ---------------------------------------------------------------------------------------------------------
+
+namespace asynchat {
+
+simple_producer::simple_producer(std::string data, std::size_t buffer_size)
+    : data_(std::move(data)), buffer_size_(buffer_size) {}
+
+std::string simple_producer::more() {
+    std::string result = data_.substr(sent_, buffer_size_);
+    sent_ += result.size();
+    return result;
+}
+
+std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needle) {
+    if (needle.empty()) return 0;
+    std::size_t length = std::min(needle.size() - 1, haystack.size());
+    while (length > 0 && haystack.substr(haystack.size() - length) != needle.substr(0, length)) --length;
+    return length;
+}
+
+// While one is alive, output gathers; the last one sends it.
+class async_chat::corked {
+  public:
+    explicit corked(async_chat& chat) : chat_(chat) { ++chat_.corks_; }
+    ~corked() {
+        if (open_) --chat_.corks_;
+    }
+    corked(const corked&) = delete;
+    corked& operator=(const corked&) = delete;
+
+    void uncork() {
+        open_ = false;
+        if (--chat_.corks_ == 0) chat_.initiate_send();
+    }
+
+  private:
+    async_chat& chat_;
+    bool open_ = true;
+};
+
+async_chat::async_chat(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map)
+    : dispatcher(std::move(sock), map) {}
+
+void async_chat::collect_incoming_data(std::string_view) {
+    throw asyncore::NotImplementedError("must be implemented in subclass");
+}
+
+void async_chat::_collect_incoming_data(std::string_view data) { incoming += data; }
+
+std::string async_chat::_get_data() { return std::exchange(incoming, {}); }
+
+void async_chat::found_terminator() { throw asyncore::NotImplementedError("must be implemented in subclass"); }
+
+void async_chat::set_terminator(std::string_view term) { terminator_.emplace<std::string>(term); }
+
+void async_chat::set_terminator(std::ptrdiff_t count) {
+    if (count < 0) throw std::invalid_argument("the number of received bytes must be positive");
+    terminator_ = static_cast<std::size_t>(count);
+}
+
+void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate(); }
+
+void async_chat::handle_read() {
+    using namespace asyncore;
+    // What was left over goes in front of what is received, so that a terminator is always in one piece.
+    const std::string left(input_);
+    receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
+    left.copy(buffer.data(), left.size());
+    std::size_t received = 0;
+    try {
+        received = recv_into(buffer.data() + left.size(), ac_in_buffer_size);
+    } catch (const std::system_error& error) {
+        const int err = error.code().value();
+        if (err != EAGAIN && err != EWOULDBLOCK) handle_error();
+        return;
+    }
+    if (received == 0) return;
+    input_ = std::string_view(buffer.data(), left.size() + received);
+    try {
+        consume();
+    } catch (...) {
+        keep_input();
+        throw;
+    }
+    keep_input();
+}
+
+// Moves what is left of the input out of the loop's buffer.
+void async_chat::keep_input() {
+    if (!connected) input_ = {};
+    if (input_.empty() && kept_.capacity() > 1024) std::string().swap(kept_);
+    kept_.assign(input_.data(), input_.size());
+    input_ = kept_;
+}
+
+// Cuts the input at the terminators. One send() for all that is pushed meanwhile.
+void async_chat::consume() {
+    corked cork(*this);
+    held_back_ = false;
+    try {
+        // Python goes on when the session has been closed in between; here it stops.
+        while (!input_.empty() && connected && !stalled())
+            if (!consume_some()) break;
+    } catch (...) {
+        // Python has sent each reply by now: what was pushed before the exception still goes out.
+        try {
+            cork.uncork();
+        } catch (...) {
+        }
+        throw;
+    }
+    held_back_ = !input_.empty() && stalled();
+    cork.uncork();
+}
+
+// One piece of input; false when the rest may be the beginning of a terminator.
+bool async_chat::consume_some() {
+    const auto take = [this](std::size_t size) { return std::exchange(input_, input_.substr(size)).substr(0, size); };
+    if (auto* count = std::get_if<std::size_t>(&terminator_); count && *count > 0) {
+        const std::string_view data = take(std::min(*count, input_.size()));
+        const bool complete = *count == data.size();
+        *count -= data.size();
+        collect_incoming_data(data);
+        if (complete) found_terminator();
+        return true;
+    }
+    const auto* term = std::get_if<std::string>(&terminator_);
+    const std::size_t index = term && !term->empty() ? input_.find(*term) : input_.npos;
+    if (index != input_.npos) {
+        const std::string_view data = take(index + term->size()).substr(0, index);
+        if (!data.empty()) collect_incoming_data(data);
+        found_terminator();
+        return true;
+    }
+    const std::size_t prefix = term ? find_prefix_at_end(input_, *term) : 0;
+    if (input_.size() > prefix) collect_incoming_data(take(input_.size() - prefix));
+    return prefix == 0;
+}
+
+void async_chat::unread(std::string_view bytes) {
+    std::string rest(bytes);
+    rest += input_;
+    kept_ = std::move(rest);
+    input_ = kept_;
+}
+
+void async_chat::handle_write() { initiate_send(); }
+
+void async_chat::handle_close() { close(); }
+
+void async_chat::handle_expt() {
+    char urgent;
+    try {
+        socket->recv(&urgent, 1, MSG_OOB);
+    } catch (const std::system_error&) {
+        // nothing urgent after all
+    }
+    dispatcher::handle_expt();
+}
+
+asyncore::clock::time_point async_chat::deadline() {
+    return held_back_ && !stalled() ? asyncore::clock::time_point::min() : asyncore::clock::time_point::max();
+}
+
+void async_chat::handle_timeout() {
+    if (held_back_ && !stalled())
+        consume();
+    else
+        dispatcher::handle_timeout();
+}
+
+void async_chat::push(std::string_view data) {
+    queued_ += data.size();
+    while (!data.empty()) {
+        auto* last = producer_fifo.empty() ? nullptr : std::get_if<std::string>(&producer_fifo.back());
+        if (!last || last->size() >= ac_out_buffer_size) {
+            last = &std::get<std::string>(producer_fifo.emplace_back(std::move(spare_)));
+            spare_.clear();
+        }
+        const auto piece = data.substr(0, ac_out_buffer_size - last->size());
+        last->append(piece);
+        data.remove_prefix(piece.size());
+    }
+    if (corks_ == 0) initiate_send();
+}
+
+void async_chat::push_with_producer(std::unique_ptr<producer> source) {
+    producer_fifo.emplace_back(std::move(source));
+    if (corks_ == 0) initiate_send();
+}
+
+bool async_chat::readable() { return !stalled(); }
+
+bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
+
+void async_chat::close_when_done() { producer_fifo.emplace_back(close_mark{}); }
+
+void async_chat::initiate_send() {
+    if (sending_) return;   // a producer that pushes
+    struct busy {
+        bool& flag;
+        explicit busy(bool& f) : flag(f) { flag = true; }
+        ~busy() { flag = false; }
+    } busy(sending_);
+    while (!producer_fifo.empty() && connected) {
+        auto& first = producer_fifo.front();
+        if (std::holds_alternative<close_mark>(first)) {
+            producer_fifo.pop_front();
+            return handle_close();
+        }
+        if (std::holds_alternative<std::unique_ptr<producer>>(first)) {
+            refill();
+            continue;
+        }
+        std::size_t taken = 0;
+        try {
+            taken = send(std::string_view(std::get<std::string>(first)).substr(sent_, ac_out_buffer_size));
+        } catch (const std::system_error&) {
+            return handle_error();
+        }
+        if (taken == 0 || producer_fifo.empty()) return;
+        auto& text = std::get<std::string>(producer_fifo.front());
+        queued_ -= taken;
+        sent_ += taken;
+        if (sent_ < text.size()) return;
+        sent_ = 0;
+        text.clear();
+        if (text.capacity() <= 1024) spare_ = std::move(text);
+        producer_fifo.pop_front();
+        // One send() a call, as in Python, but a close that only waited for it is done at once.
+        if (producer_fifo.empty() || !std::holds_alternative<close_mark>(producer_fifo.front())) return;
+    }
+}
+
+// Lets the producer that stands first put its next piece before itself. It is taken out of the queue for that,
+// because it may discard the queue.
+void async_chat::refill() {
+    auto source = std::move(std::get<std::unique_ptr<producer>>(producer_fifo.front()));
+    std::string data = source->more();
+    if (producer_fifo.empty()) return;
+    if (data.empty()) return producer_fifo.pop_front();
+    producer_fifo.front() = std::move(source);
+    queued_ += data.size();
+    producer_fifo.emplace_front(std::move(data));
+}
+
+void async_chat::discard_buffers() {
+    input_ = {};
+    kept_.clear();
+    incoming.clear();
+    producer_fifo.clear();
+    sent_ = queued_ = 0;
+    held_back_ = false;
+}
+
+}  // namespace asynchat

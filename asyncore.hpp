@@ -1,0 +1,464 @@
+// asyncore and asynchat: Python's select() loop and its chat sessions, in C++17.
+//
+//     struct echo : asyncore::dispatcher {
+//         using dispatcher::dispatcher;
+//         void handle_read() override { send(recv(8192)); }
+//         bool writable() override { return false; }
+//     };
+//     struct server : asyncore::dispatcher {
+//         void handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const asyncore::address&) override {
+//             _map->own(std::make_unique<echo>(std::move(sock), _map));
+//         }
+//     };
+//
+// Make a server, create_socket(), bind() and listen(), then asyncore::loop(): it returns when the map is empty.
+//
+// Ownership, in four sentences. A dispatcher enters its map in its constructor and leaves it in close() or in
+// its destructor; the map does not own it. An object handed to map_type::own() lives until it closes, and is
+// destroyed when the outermost pass over the map ends, so a handler may close anything, itself included, and
+// go on running. An event reaches only the registration that it was collected for, whatever happened to the
+// descriptor since. A map outlives its dispatchers, and belongs to one thread.
+//
+// Errors of the system are std::system_error. Bytes come as std::string_view, valid for the call.
+
+#ifndef ASYNCORE_HPP
+#define ASYNCORE_HPP
+
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <list>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace asyncore {
+
+class dispatcher;
+
+using clock = std::chrono::steady_clock;
+
+// The errnos that mean "the other side is gone". asyncore.py: _DISCONNECTED
+bool DISCONNECTED(int err) noexcept;
+
+// The text of an errno. asyncore.py: _strerror
+std::string _strerror(int err);
+
+// Thrown by a handler, it leaves the loop: the one exception that no dispatcher catches.
+// asyncore.py: ExitNow
+class ExitNow : public std::runtime_error {
+  public:
+    explicit ExitNow(const std::string& why = "ExitNow") : std::runtime_error(why) {}
+};
+
+// What an abstract method throws until a subclass overrides it (Python's builtin).
+class NotImplementedError : public std::logic_error {
+  public:
+    explicit NotImplementedError(const std::string& what) : std::logic_error(what) {}
+};
+
+// The bytes as Python's repr() shows them: quotes, \n, \\, \xNN; never a control or a non-ASCII byte.
+// `prefix` is "b" for bytes, "" for str.
+std::string repr(std::string_view bytes, std::string_view prefix = "");
+
+// ---------------------------------------------------------------------------------------------------------
+// Addresses and sockets: the part of Python's socket module that asyncore stands on
+// ---------------------------------------------------------------------------------------------------------
+
+// (host, port) as Python writes it, the path of a UNIX socket, or nothing (None).
+struct address {
+    std::string host;             // a name, a numeric address, or a path
+    int port = 0;                 // 0 to 65535
+    int family = AF_UNSPEC;       // AF_UNSPEC: as a person wrote it, not resolved yet
+    std::uint32_t flowinfo = 0;   // IPv6
+    std::uint32_t scope_id = 0;   // IPv6
+
+    address() = default;
+    address(std::string host, int port);             // std::out_of_range unless 0 <= port <= 65535
+    static address unix_path(std::string path);      // std::out_of_range when the path is too long
+    static address from(const sockaddr_storage& storage, socklen_t size);
+
+    bool none() const { return family == AF_UNSPEC && host.empty() && port == 0; }
+    std::string repr() const;   // ('127.0.0.1', 1025), ('::1', 1025, 0, 0), '/run/x.sock', None
+    std::string str() const;    // 127.0.0.1:1025; otherwise repr()
+};
+
+// What a name stands for, numeric, in the resolver's order. Blocks when the host is a name: POSIX has no other
+// resolver. Throws std::system_error (EAI_ codes in the category that gai_category() names).
+std::vector<address> getaddrinfo(const address& name, int family = AF_UNSPEC);
+const std::error_category& gai_category() noexcept;
+
+// This host's name, with its domain when the resolver knows it. May block.
+std::string getfqdn();
+
+// A descriptor, owned. Calls that a signal interrupts are repeated; no write raises SIGPIPE.
+class socket_type {
+  public:
+    explicit socket_type(int fd = -1) noexcept;                 // takes fd over
+    socket_type(int family, int type);                          // non-blocking, close-on-exec
+    socket_type(socket_type&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+    socket_type& operator=(socket_type&& other) noexcept;
+    virtual ~socket_type();
+
+    virtual std::size_t recv(char* buffer, std::size_t size, int flags = 0);   // 0: end of input
+    virtual std::size_t send(std::string_view data, int flags = 0);
+    virtual int getsockopt(int level, int option) const;
+    virtual void close();   // a second close does nothing
+    virtual int fileno() const noexcept { return fd_; }
+
+    void setsockopt(int level, int option, int value);
+    void setblocking(bool flag);
+    void bind(const address& addr);
+    void listen(int backlog);
+    int connect_ex(const address& addr);   // 0 or an errno
+    std::pair<std::unique_ptr<socket_type>, address> accept();   // non-blocking, close-on-exec
+    address getpeername() const;
+    address getsockname() const;
+
+  protected:
+    int fd_;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// The socket map
+// ---------------------------------------------------------------------------------------------------------
+
+// Descriptor -> dispatcher, in the order of descriptors.
+class map_type {
+  public:
+    map_type() = default;
+    ~map_type();
+    map_type(const map_type&) = delete;
+    map_type& operator=(const map_type&) = delete;
+
+    bool empty() const noexcept { return size_ == 0; }
+    std::size_t size() const noexcept { return size_; }
+    dispatcher* get(int fd) const noexcept;    // nullptr when there is none
+    std::vector<dispatcher*> values() const;
+
+    // From here on the object lives until it closes (see the top of this file).
+    void own(std::unique_ptr<dispatcher> object);
+
+    // Everything leaves the map without being closed; what the map owns is destroyed.
+    void clear();
+
+  private:
+    friend class dispatcher;
+    friend class receive_buffer;
+    friend void poll(std::optional<double>, map_type*);
+    friend void poll2(std::optional<double>, map_type*);
+    friend void close_all(map_type*, bool);
+    friend void readwrite(dispatcher&, short);
+    struct visit;
+    struct pass;
+    struct slot {
+        dispatcher* object = nullptr;
+        std::uint64_t registration = 0;
+    };
+    dispatcher* find(int fd, std::uint64_t registration) const noexcept;
+    void add(int fd, dispatcher& object);
+    void remove(int fd, const dispatcher& object) noexcept;
+    void bury_the_dead() noexcept;
+
+    std::vector<slot> slots_;            // by descriptor
+    std::size_t size_ = 0;
+    std::uint64_t registrations_ = 0;    // so far; 0 is nobody's number
+    int depth_ = 0;                      // passes under way, one inside the other
+    std::list<std::unique_ptr<dispatcher>> owned_, graveyard_;
+    std::vector<pollfd> wanted_;         // kept from pass to pass, to allocate once
+    std::vector<std::uint64_t> wanted_by_;
+    std::unique_ptr<char[]> buffer_;     // see receive_buffer
+    std::size_t buffer_size_ = 0;
+};
+
+// The map used when none is given. asyncore.py: socket_map
+map_type& default_socket_map();
+inline map_type& socket_map = default_socket_map();
+
+// ---------------------------------------------------------------------------------------------------------
+// The loop
+// ---------------------------------------------------------------------------------------------------------
+
+// One event, delivered to one object. What the handler throws goes to its handle_error(), but ExitNow passes.
+void read(dispatcher& obj);                    // asyncore.py: read
+void write(dispatcher& obj);                   // asyncore.py: write
+void _exception(dispatcher& obj);              // asyncore.py: _exception
+void readwrite(dispatcher& obj, short flags);  // asyncore.py: readwrite
+
+// One pass: wait at most `timeout` seconds (none: for ever) for events, deliver them, then the timeouts that
+// are due. An empty map returns at once. `poll` uses select() and hands over to `poll2` when a descriptor is
+// beyond FD_SETSIZE; `poll2` uses poll(). A null map is socket_map. asyncore.py: poll, poll2, poll3
+void poll(std::optional<double> timeout = 0.0, map_type* map = nullptr);
+void poll2(std::optional<double> timeout = 0.0, map_type* map = nullptr);
+inline void poll3(std::optional<double> timeout = 0.0, map_type* map = nullptr) { poll2(timeout, map); }
+
+// Passes, until the map is empty or `count` of them are done. asyncore.py: loop
+void loop(std::optional<double> timeout = 30.0, bool use_poll = false, map_type* map = nullptr,
+          std::optional<int> count = std::nullopt);
+
+// Closes everything in the map. An exception of a close() is passed on, the rest then still open, unless
+// ignore_all; EBADF is always ignored, ExitNow never. asyncore.py: close_all
+void close_all(map_type* map = nullptr, bool ignore_all = false);
+
+// ---------------------------------------------------------------------------------------------------------
+// dispatcher
+// ---------------------------------------------------------------------------------------------------------
+
+// A socket and the handlers of its events. asyncore.py: dispatcher
+class dispatcher {
+  public:
+    bool debug = false;
+    bool connected = false;
+    bool accepting = false;
+    bool connecting = false;
+    bool closing = false;   // never set, as in Python: for subclasses
+    address addr;           // the peer; of a listener: what was given to bind()
+    std::vector<std::string> ignore_log_types{"warning"};
+    std::unique_ptr<socket_type> socket;
+    std::pair<int, int> family_and_type{0, 0};   // what create_socket() was given
+
+    // Registers the socket, when there is one, made non-blocking. A null map is socket_map.
+    explicit dispatcher(std::unique_ptr<socket_type> sock = nullptr, map_type* map = nullptr);
+    virtual ~dispatcher();
+    dispatcher(const dispatcher&) = delete;
+    dispatcher& operator=(const dispatcher&) = delete;
+
+    // <asyncore.dispatcher connected 127.0.0.1:1025 at 0x...>; the name comes from class_name().
+    std::string repr() const;   // asyncore.py: dispatcher.__repr__
+    virtual std::string class_name() const { return "asyncore.dispatcher"; }
+
+    virtual void add_channel(map_type* map = nullptr);   // asyncore.py: dispatcher.add_channel
+    virtual void del_channel(map_type* map = nullptr);   // asyncore.py: dispatcher.del_channel
+    void create_socket(int family = AF_INET, int type = SOCK_STREAM);   // asyncore.py: dispatcher.create_socket
+    void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);   // asyncore.py: dispatcher.set_socket
+    void set_reuse_addr();   // asyncore.py: dispatcher.set_reuse_addr
+
+    // Asked before each wait: is a read, or a write event wanted? What they throw leaves the loop.
+    virtual bool readable() { return true; }   // asyncore.py: dispatcher.readable
+    virtual bool writable() { return true; }   // asyncore.py: dispatcher.writable
+
+    // When handle_timeout() is due; time_point::max(): never. Asked before each wait. Not in Python.
+    virtual clock::time_point deadline() { return clock::time_point::max(); }
+
+    virtual void listen(int num);                // asyncore.py: dispatcher.listen
+    virtual void bind(const address& addr);      // asyncore.py: dispatcher.bind
+    virtual void connect(const address& addr);   // asyncore.py: dispatcher.connect
+    // Nothing when nobody waits, or the one who did has gone. asyncore.py: dispatcher.accept
+    virtual std::optional<std::pair<std::unique_ptr<socket_type>, address>> accept();
+    // The bytes that were taken; 0 when none were. asyncore.py: dispatcher.send
+    virtual std::size_t send(std::string_view data);
+    // "" after the end of input, handle_close() then has been called. Throws EAGAIN when there is nothing yet.
+    std::string recv(std::size_t buffer_size);   // asyncore.py: dispatcher.recv
+    // The same into a buffer of the caller's (Python's socket.recv_into): override this one to filter input.
+    virtual std::size_t recv_into(char* buffer, std::size_t size);
+    // Closes the socket and leaves the map; allocates nothing; twice is harmless. asyncore.py: dispatcher.close
+    virtual void close();
+
+    virtual void log(std::string_view message);   // to stderr. asyncore.py: dispatcher.log
+    // To stdout, unless the type is one of ignore_log_types. asyncore.py: dispatcher.log_info
+    virtual void log_info(std::string_view message, std::string_view type = "info");
+
+    // What the loop calls.
+    virtual void handle_read_event();      // asyncore.py: dispatcher.handle_read_event
+    virtual void handle_connect_event();   // asyncore.py: dispatcher.handle_connect_event
+    virtual void handle_write_event();     // asyncore.py: dispatcher.handle_write_event
+    virtual void handle_expt_event();      // asyncore.py: dispatcher.handle_expt_event
+
+    // What a subclass overrides. handle_error() finds what was thrown in std::current_exception().
+    virtual void handle_error();     // logs, then handle_close(). asyncore.py: dispatcher.handle_error
+    virtual void handle_expt();      // asyncore.py: dispatcher.handle_expt
+    virtual void handle_read();      // asyncore.py: dispatcher.handle_read
+    virtual void handle_write();     // asyncore.py: dispatcher.handle_write
+    virtual void handle_connect();   // asyncore.py: dispatcher.handle_connect
+    virtual void handle_accept();    // accept() -> handle_accepted(). asyncore.py: dispatcher.handle_accept
+    virtual void handle_accepted(std::unique_ptr<socket_type> sock, const address& addr);   // asyncore.py: dispatcher.handle_accepted
+    virtual void handle_close();     // asyncore.py: dispatcher.handle_close
+    virtual void handle_timeout();   // deadline() has passed: closes, unless overridden. Not in Python.
+
+    int _fileno = -1;
+    map_type* _map;
+
+  protected:
+    // "std::system_error:what()" of the exception being handled, fit to print.
+    static std::string current_exception_text();
+
+  private:
+    friend class map_type;
+    bool owned_ = false;
+    std::list<std::unique_ptr<dispatcher>>::iterator self_{};   // in map_type::owned_
+};
+
+// Simple buffered output, for simple clients. asyncore.py: dispatcher_with_send
+class dispatcher_with_send : public dispatcher {
+  public:
+    std::string out_buffer;
+
+    using dispatcher::dispatcher;
+    std::string class_name() const override { return "asyncore.dispatcher_with_send"; }
+    void initiate_send();                             // asyncore.py: dispatcher_with_send.initiate_send
+    void handle_write() override;                     // asyncore.py: dispatcher_with_send.handle_write
+    bool writable() override;                         // asyncore.py: dispatcher_with_send.writable
+    std::size_t send(std::string_view data) override; // takes all of it. asyncore.py: dispatcher_with_send.send
+};
+
+// A file, pipe or terminal with a socket's face; the descriptor given is duplicated. asyncore.py: file_wrapper
+class file_wrapper : public socket_type {
+  public:
+    explicit file_wrapper(int fd);
+    std::size_t recv(char* buffer, std::size_t size, int flags = 0) override;   // asyncore.py: file_wrapper.recv
+    std::size_t send(std::string_view data, int flags = 0) override;            // asyncore.py: file_wrapper.send
+    std::size_t read(char* buffer, std::size_t size) { return recv(buffer, size); }
+    std::size_t write(std::string_view data) { return send(data); }
+    // SO_ERROR is 0; anything else is NotImplementedError. asyncore.py: file_wrapper.getsockopt
+    int getsockopt(int level, int option) const override;
+};
+
+// A dispatcher for a file: made non-blocking. asyncore.py: file_dispatcher
+class file_dispatcher : public dispatcher {
+  public:
+    explicit file_dispatcher(int fd, map_type* map = nullptr);
+    std::string class_name() const override { return "asyncore.file_dispatcher"; }
+    void set_file(int fd);   // asyncore.py: file_dispatcher.set_file
+};
+
+// The loop's one receive buffer, lent for a while; a nested pass gets another.
+class receive_buffer {
+  public:
+    receive_buffer(map_type& map, std::size_t size);
+    ~receive_buffer();
+    receive_buffer(const receive_buffer&) = delete;
+    receive_buffer& operator=(const receive_buffer&) = delete;
+    char* data() noexcept { return data_.get(); }
+
+  private:
+    map_type& map_;
+    std::unique_ptr<char[]> data_;
+    std::size_t size_ = 0;
+};
+
+}  // namespace asyncore
+
+// ---------------------------------------------------------------------------------------------------------
+// asynchat: sessions that speak in lines, or in anything else that ends
+// ---------------------------------------------------------------------------------------------------------
+
+namespace asynchat {
+
+// Makes output when there is room for it: "" is the end.
+class producer {
+  public:
+    virtual ~producer() = default;
+    virtual std::string more() = 0;
+};
+
+// asynchat.py: simple_producer
+class simple_producer : public producer {
+  public:
+    explicit simple_producer(std::string data, std::size_t buffer_size = 512);
+    std::string more() override;   // asynchat.py: simple_producer.more
+
+  private:
+    std::string data_;
+    std::size_t buffer_size_, sent_ = 0;
+};
+
+// How many bytes at the end of `haystack` may begin `needle`, the whole needle excepted.
+// asynchat.py: find_prefix_at_end
+std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needle);
+
+// A session: input is cut at a terminator, output is queued. Derive from it and override
+// collect_incoming_data() and found_terminator(). Any call that sends may find the peer gone and close the
+// object: look at `connected` when it matters. asynchat.py: async_chat
+class async_chat : public asyncore::dispatcher {
+  public:
+    // None: no end; a number of bytes; or the bytes that end the input.
+    using terminator = std::variant<std::monostate, std::size_t, std::string>;
+    struct close_mark {};
+    using fifo_item = std::variant<std::string, std::unique_ptr<producer>, close_mark>;
+
+    std::size_t ac_in_buffer_size = 65536;    // bytes asked of one recv()
+    std::size_t ac_out_buffer_size = 65536;   // bytes given to one send()
+    std::string incoming;                     // see _collect_incoming_data()
+    std::deque<fifo_item> producer_fifo;      // output not sent yet
+
+    explicit async_chat(std::unique_ptr<asyncore::socket_type> sock = nullptr, asyncore::map_type* map = nullptr);
+    std::string class_name() const override { return "asynchat.async_chat"; }
+
+    virtual void collect_incoming_data(std::string_view data);   // asynchat.py: async_chat.collect_incoming_data
+    void _collect_incoming_data(std::string_view data);          // asynchat.py: async_chat._collect_incoming_data
+    std::string _get_data();                                     // asynchat.py: async_chat._get_data
+    virtual void found_terminator();                             // asynchat.py: async_chat.found_terminator
+
+    // A number is used up as it is met: then 0, no terminator. Negative: std::invalid_argument.
+    void set_terminator(std::string_view term);   // asynchat.py: async_chat.set_terminator
+    void set_terminator(std::ptrdiff_t count);
+    void set_terminator(std::nullopt_t none);
+    const terminator& get_terminator() const { return terminator_; }   // asynchat.py: async_chat.get_terminator
+
+    void handle_read() override;    // asynchat.py: async_chat.handle_read
+    void handle_write() override;   // asynchat.py: async_chat.handle_write
+    void handle_close() override;   // asynchat.py: async_chat.handle_close
+    void handle_expt() override;    // takes the urgent byte away, or it would be announced for ever
+    asyncore::clock::time_point deadline() override;
+    void handle_timeout() override;
+
+    // Output is sent at once, as far as it goes; inside a read event, when the event is done: one send() for
+    // all of it.
+    virtual void push(std::string_view data);                    // asynchat.py: async_chat.push
+    void push_with_producer(std::unique_ptr<producer> source);   // asynchat.py: async_chat.push_with_producer
+    bool readable() override;                                    // asynchat.py: async_chat.readable
+    bool writable() override;                                    // asynchat.py: async_chat.writable
+    void close_when_done();                                      // asynchat.py: async_chat.close_when_done
+    void initiate_send();                                        // asynchat.py: async_chat.initiate_send
+    void discard_buffers();                                      // asynchat.py: async_chat.discard_buffers
+
+    // What has been received and not been looked at yet. asynchat.py: ac_in_buffer
+    std::string_view ac_in_buffer() const { return input_; }
+    // The bytes of output that wait, producers aside.
+    std::size_t queued() const { return queued_; }
+
+    // While it is paused, a session reads nothing and handles nothing; what it has received waits. After
+    // resume() the loop goes on with that first. Not in Python.
+    void pause() { paused_ = true; }
+    void resume() { paused_ = false; }
+    bool paused() const { return paused_; }
+
+  protected:
+    // Input has to wait: paused, or whatever else a subclass knows.
+    virtual bool stalled() const { return paused_; }
+    // Puts bytes in front of the input, as if they had not been read yet.
+    void unread(std::string_view bytes);
+
+  private:
+    class corked;
+    void consume();
+    bool consume_some();
+    void keep_input();
+    void refill();
+
+    terminator terminator_;
+    std::string kept_;          // input between two reads
+    std::string_view input_;    // what is to be consumed: in kept_, or in the loop's receive buffer
+    std::string spare_;         // an empty string with room, so that a reply needs no allocation
+    std::size_t sent_ = 0;      // bytes of the first item that have gone
+    std::size_t queued_ = 0;
+    int corks_ = 0;             // read events under way
+    bool sending_ = false;
+    bool paused_ = false;
+    bool held_back_ = false;    // consume() stopped because input had to wait
+};
+
+}  // namespace asynchat
+
+#endif

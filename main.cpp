@@ -1,0 +1,276 @@
+// The command line of smtpd.py: `smtpd [options] [localhost:localport [remotehost:remoteport]]`.
+//
+// A program with a server class of its own gets the same command line by linking this file and registering the
+// class (smtpd.hpp: server_class).
+
+#include <fcntl.h>
+#include <grp.h>
+#include <pwd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+
+#include "smtpd.hpp"
+
+namespace {
+
+std::string program;   // smtpd.py: program
+
+constexpr char doc[] = R"(An SMTP server (RFC 5321), with SIZE, 8BITMIME and SMTPUTF8.
+
+Usage: %program% [options] [localhost:localport [remotehost:remoteport]]
+
+Options:
+
+    -n, --nosetuid
+        Stay the user that you are. Without it the program becomes `nobody'
+        once it listens, which takes root to do.
+
+    -V, --version
+        Print the version and exit.
+
+    -c, --class NAME
+        What to do with the messages: %classes%.
+        PureProxy by default.
+
+    -s, --size BYTES
+        Refuse messages that are larger, and say so by SIZE (RFC 1870).
+        33554432 by default; 0 for no limit.
+
+    -u, --smtputf8
+        Offer SMTPUTF8 (RFC 6531).
+
+    -d, --debug
+        Tell the conversation on stderr.
+
+    -h, --help
+        Print this and exit.
+
+localhost:localport is where to listen, localhost:8025 by default;
+remotehost:remoteport is where the proxies send, localhost:25 by default. An
+IPv6 address stands in brackets: [::1]:8025.
+
+Version: %version%
+)";
+
+// smtpd.py: usage
+[[noreturn]] void usage(int code, const std::string& msg = "") {
+    std::string classes;
+    for (const auto& [name, make] : smtpd::server_class::all()) classes += (classes.empty() ? "" : ", ") + name;
+    std::string text = doc;
+    const std::pair<const char*, std::string> values[] = {
+        {"%program%", program}, {"%classes%", classes}, {"%version%", std::string(smtpd::version)}};
+    for (const auto& [mark, value] : values) text.replace(text.find(mark), std::strlen(mark), value);
+    std::cerr << text;
+    if (!msg.empty()) std::cerr << msg << '\n';
+    std::exit(code);
+}
+
+// smtpd.py: Options
+struct Options {
+    bool setuid = true;
+    std::string classname = "PureProxy";
+    smtpd::options with;   // size_limit and enable_SMTPUTF8 among them
+    asyncore::address local{"localhost", 8025}, remote{"localhost", 25};
+};
+
+struct option {
+    char letter;
+    std::string name;
+    bool takes_value;
+};
+
+const option known_options[] = {{'c', "class", true}, {'n', "nosetuid", false}, {'V', "version", false},
+                                {'h', "help", false}, {'s', "size", true},      {'d', "debug", false},
+                                {'u', "smtputf8", false}};
+
+// The option that --name means; a unique beginning will do.
+const option& long_option(const std::string& name) {
+    const option* found = nullptr;
+    for (const auto& candidate : known_options) {
+        if (candidate.name == name) return candidate;
+        if (candidate.name.compare(0, name.size(), name) != 0) continue;
+        if (found) usage(1, "option --" + name + " not a unique prefix");
+        found = &candidate;
+    }
+    if (!found) usage(1, "option --" + name + " not recognized");
+    return *found;
+}
+
+const option& short_option(char letter) {
+    for (const auto& candidate : known_options)
+        if (candidate.letter == letter) return candidate;
+    usage(1, std::string("option -") + letter + " not recognized");
+}
+
+using given_options = std::vector<std::pair<char, std::string>>;
+
+// Python's getopt: takes the options off the front of `args`.
+given_options getopt(std::vector<std::string>& args) {
+    given_options given;
+    std::size_t next = 0;
+    const auto value = [&](const std::string& shown) {
+        if (++next == args.size()) usage(1, "option " + shown + " requires argument");
+        return args[next];
+    };
+    for (; next < args.size() && args[next].size() > 1 && args[next][0] == '-'; ++next) {
+        const std::string arg = args[next];
+        if (arg == "--") {
+            ++next;
+            break;
+        }
+        if (arg[1] == '-') {
+            const std::size_t eq = arg.find('=');
+            const option& it = long_option(arg.substr(2, eq == arg.npos ? eq : eq - 2));
+            if (eq != arg.npos && !it.takes_value) usage(1, "option --" + it.name + " must not have an argument");
+            given.emplace_back(it.letter, !it.takes_value   ? ""
+                                          : eq != arg.npos ? arg.substr(eq + 1)
+                                                           : value("--" + it.name));
+            continue;
+        }
+        for (std::size_t i = 1; i < arg.size(); ++i) {
+            const option& it = short_option(arg[i]);
+            if (!it.takes_value) {
+                given.emplace_back(it.letter, "");
+                continue;
+            }
+            given.emplace_back(it.letter, i + 1 < arg.size() ? arg.substr(i + 1) : value(std::string("-") + arg[i]));
+            break;
+        }
+    }
+    args.erase(args.begin(), args.begin() + static_cast<std::ptrdiff_t>(next));
+    return given;
+}
+
+// A decimal number; nothing when it is not one, or too large.
+std::optional<std::size_t> number(const std::string& text) {
+    if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return std::nullopt;
+    return static_cast<std::size_t>(std::stoull(text));
+}
+
+// host:port, or [host]:port; `kind` is for the complaint.
+asyncore::address parse_spec(const std::string& spec, const std::string& kind) {
+    const std::size_t bracket = spec.empty() || spec[0] != '[' ? spec.npos : spec.find("]:");
+    const std::size_t colon = bracket == spec.npos ? spec.find(':') : bracket + 1;
+    if (colon == spec.npos) usage(1, "Bad " + kind + " spec: " + spec);
+    const auto port = number(spec.substr(colon + 1));
+    if (!port || *port > 65535) usage(1, "Bad " + kind + " port: " + spec);
+    const std::string host = bracket == spec.npos ? spec.substr(0, colon) : spec.substr(1, bracket - 1);
+    return {host, static_cast<int>(*port)};
+}
+
+// smtpd.py: parseargs
+Options parseargs(std::vector<std::string> args) {
+    Options options;
+    for (const auto& [letter, value] : getopt(args)) {
+        switch (letter) {
+            case 'h':
+                usage(0);
+            case 'V':
+                std::cout << smtpd::version << std::endl;
+                std::exit(0);
+            case 'n':
+                options.setuid = false;
+                break;
+            case 'c':
+                options.classname = value;
+                break;
+            case 'd':
+                smtpd::DEBUGSTREAM.rdbuf(std::cerr.rdbuf());
+                break;
+            case 'u':
+                options.with.enable_SMTPUTF8 = true;
+                break;
+            case 's':
+                if (const auto size = number(value)) {
+                    options.with.data_size_limit = *size;
+                    break;
+                }
+                std::cerr << "Invalid size: " << value << '\n';
+                std::exit(1);
+        }
+    }
+    if (args.size() > 2) {
+        std::string all;
+        for (const auto& arg : args) all += (all.empty() ? "" : ", ") + arg;
+        usage(1, "Invalid arguments: " + all);
+    }
+    if (!args.empty()) options.local = parse_spec(args[0], "local");
+    if (args.size() > 1) options.remote = parse_spec(args[1], "remote");
+    return options;
+}
+
+// Becomes nobody, without a way back: the groups go first, they need root.
+void become_nobody() {
+    const passwd* nobody = ::getpwnam("nobody");
+    if (nobody && ::getuid() == nobody->pw_uid && ::geteuid() == nobody->pw_uid) return;
+    if (nobody && ::setgroups(0, nullptr) == 0 && ::setgid(nobody->pw_gid) == 0 && ::setuid(nobody->pw_uid) == 0)
+        return;
+    std::cerr << "Cannot setuid \"nobody\"; try running with -n option.\n";
+    std::exit(1);
+}
+
+int signal_pipe[2];
+
+extern "C" void on_signal(int) {
+    const int saved = errno;
+    // When the pipe is full, the loop has enough to read.
+    if (::write(signal_pipe[1], "", 1) < 0) errno = saved;
+}
+
+// SIGINT and SIGTERM end the program when the messages in hand are done, or after a while; the second one at
+// once, by the signal's own default.
+class signal_watch : public asyncore::file_dispatcher {
+  public:
+    explicit signal_watch(smtpd::SMTPServer& server) : file_dispatcher(signal_pipe[0]), server_(server) {
+        struct sigaction action {};
+        action.sa_handler = on_signal;
+        action.sa_flags = static_cast<int>(SA_RESETHAND);
+        for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
+    }
+    bool writable() override { return false; }
+    void handle_read() override {
+        close();
+        for (const int number : {SIGINT, SIGTERM}) std::signal(number, SIG_DFL);
+        server_.stop(std::chrono::seconds(10));
+    }
+
+  private:
+    smtpd::SMTPServer& server_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    program = argc > 0 ? argv[0] : "smtpd";
+    const Options options = parseargs(std::vector<std::string>(argv + (argc > 0), argv + argc));
+    const auto& classes = smtpd::server_class::all();
+    const auto make = classes.find(options.classname);
+    if (make == classes.end()) {
+        std::cerr << program << ": there is no class " << options.classname << "; -h names those that there are\n";
+        return 1;
+    }
+    std::signal(SIGPIPE, SIG_IGN);
+    std::unique_ptr<smtpd::SMTPServer> server;
+    try {
+        server = make->second(options.local, options.remote, options.with);
+    } catch (const std::exception& error) {
+        std::cerr << program << ": cannot listen on " << options.local.str() << ": " << error.what() << '\n';
+        return 1;
+    }
+    if (options.setuid) become_nobody();
+    try {
+        if (::pipe(signal_pipe) < 0) throw std::system_error(errno, std::generic_category(), "pipe");
+        ::fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
+        signal_watch watch(*server);
+        asyncore::loop();
+    } catch (const std::exception& error) {
+        std::cerr << program << ": " << error.what() << '\n';
+        return 1;
+    }
+    return 0;
+}

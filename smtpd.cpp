@@ -1,0 +1,1133 @@
+#include "smtpd.hpp"
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <iostream>
+#include <ostream>
+
+namespace smtpd {
+
+using asyncore::address;
+
+std::ostream& default_debugstream() {
+    static std::ostream stream(nullptr);
+    return stream;
+}
+
+namespace {
+
+bool debugging() { return default_debugstream().rdbuf() != nullptr; }
+
+// ---------------------------------------------------------------------------------------------------------
+// Text: bytes that are mostly UTF-8
+// ---------------------------------------------------------------------------------------------------------
+
+bool is_ascii(std::string_view text) {
+    return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+}
+
+bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
+
+char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
+
+std::string upper(std::string_view text) {
+    std::string result(text);
+    for (char& c : result) c = upper(c);
+    return result;
+}
+
+// The length of the UTF-8 character that the text begins with; 0 when it is not one.
+std::size_t utf8_length(std::string_view text) {
+    const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+    const auto follows = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
+    const unsigned first = byte(0), second = byte(1);
+    if (first < 0x80) return text.empty() ? 0 : 1;
+    if (first < 0xc2 || first > 0xf4 || !follows(1)) return 0;
+    if (first < 0xe0) return 2;
+    if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || !follows(2)) return 0;
+    if (first < 0xf0) return 3;
+    if ((first == 0xf0 && second < 0x90) || (first == 0xf4 && second > 0x8f) || !follows(3)) return 0;
+    return 4;
+}
+
+bool is_utf8(std::string_view text) {
+    while (!text.empty()) {
+        const std::size_t length = utf8_length(text);
+        if (length == 0) return false;
+        text.remove_prefix(length);
+    }
+    return true;
+}
+
+// The length of the white space character, as Python's str has it, that the text begins with; or 0.
+std::size_t space_length(std::string_view text) {
+    if (text.empty()) return 0;
+    const char c = text[0];
+    if (c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f)) return 1;
+    static constexpr std::string_view wide[] = {
+        "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",
+        "\u2007", "\u2008", "\u2009", "\u200a", "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
+    if (static_cast<unsigned char>(c) < 0x80) return 0;
+    for (const auto& space : wide)
+        if (text.substr(0, space.size()) == space) return space.size();
+    return 0;
+}
+
+std::string_view lstrip(std::string_view text) {
+    while (const std::size_t length = space_length(text)) text.remove_prefix(length);
+    return text;
+}
+
+// Without white space at both ends. Python: str.strip()
+std::string_view strip(std::string_view text) {
+    text = lstrip(text);
+    for (bool found = true; found;) {
+        found = false;
+        for (std::size_t length = 1; length <= 3 && length <= text.size() && !found; ++length)
+            if (space_length(text.substr(text.size() - length)) == length) {
+                text.remove_suffix(length);
+                found = true;
+            }
+    }
+    return text;
+}
+
+std::vector<std::string> split(std::string_view text) {
+    std::vector<std::string> words;
+    for (text = lstrip(text); !text.empty(); text = lstrip(text)) {
+        std::size_t end = 0;
+        while (end < text.size() && space_length(text.substr(end)) == 0) ++end;
+        words.emplace_back(text.substr(0, end));
+        text.remove_prefix(end);
+    }
+    return words;
+}
+
+// ['a', 'b']. Python: repr() of a list
+std::string list_repr(const std::vector<std::string>& list) {
+    std::string text;
+    for (const auto& item : list) text += (text.empty() ? "" : ", ") + asyncore::repr(item);
+    return "[" + text + "]";
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Addresses: Python's email._header_value_parser, as far as MAIL, RCPT and VRFY need it
+// ---------------------------------------------------------------------------------------------------------
+
+// Reads an address from the front of `text`. RFC 2047 words are text like any other; Python decodes them, and
+// what they hide gets into the envelope.
+class address_parser {
+  public:
+    // The two failures of Python's parser: the first lets it try another reading, the second does not.
+    struct HeaderParseError {};
+    struct IndexError {};
+
+    explicit address_parser(std::string_view input) : text(input) {}
+
+    std::string get_angle_addr();
+    std::string get_addr_spec();
+
+    std::string_view text;   // what has not been read yet
+
+  private:
+    struct token {
+        enum kind { word, dot, cfws } is = word;
+        std::string value{};
+        bool leading_space = false, trailing_space = false;
+    };
+
+    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
+    bool next_is(char c) const { return !text.empty() && text[0] == c; }
+    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
+    void skip() { text.remove_prefix(1); }
+
+    void get_fws() { text = lstrip(text); }
+    std::string get_ptext(std::string_view ends);
+    std::string get_bare_quoted_string();
+    void get_comment();
+    bool get_cfws();
+    std::string get_atext();
+    std::string get_dot_atom();
+    std::string get_atom();
+    token get_word();
+    std::string get_local_part();
+    std::string get_obs_local_part();
+    std::string get_domain_literal();
+    std::string get_domain();
+    void get_obs_route();
+
+    static constexpr std::string_view WSP = " \t";
+    static constexpr std::string_view CFWS_LEADER = " \t(";
+    static constexpr std::string_view SPECIALS = "()<>@,:;.\\\"[]";
+    static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
+    static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
+    static constexpr std::string_view PHRASE_ENDS = ")<>@,:;\\[]";
+};
+
+// Text with its quoted pairs resolved, up to white space or one of `ends`.
+std::string address_parser::get_ptext(std::string_view ends) {
+    std::string result;
+    bool escape = false;
+    for (; !text.empty() && !in(text[0], WSP); skip()) {
+        if (text[0] == '\\' && !escape) {
+            escape = true;
+            continue;
+        }
+        if (!escape && in(text[0], ends)) break;
+        escape = false;
+        result += text[0];
+    }
+    return result;
+}
+
+std::string address_parser::get_bare_quoted_string() {
+    skip();   // the quote
+    std::string result;
+    const bool empty = text.empty();
+    while (!text.empty() && text[0] != '"') {
+        if (in(text[0], WSP)) {
+            const auto before = text;
+            get_fws();
+            result += before.substr(0, before.size() - text.size());
+        } else {
+            result += get_ptext("\"");
+        }
+    }
+    if (empty) throw IndexError();   // a lone quote: looking at its first item fails
+    if (!text.empty()) skip();
+    return result;
+}
+
+void address_parser::get_comment() {
+    int depth = 0;
+    do {
+        if (text[0] == '(') ++depth;
+        if (text[0] == ')') --depth;
+        const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
+        text.remove_prefix(escapes ? 2 : 1);
+    } while (depth > 0 && !text.empty());
+}
+
+// Comments and folding white space; whether there was any.
+bool address_parser::get_cfws() {
+    if (!next_in(CFWS_LEADER)) return false;
+    while (next_in(CFWS_LEADER)) {
+        if (text[0] == '(')
+            get_comment();
+        else
+            get_fws();
+    }
+    return true;
+}
+
+std::string address_parser::get_atext() {
+    const auto atext = text.substr(0, text.find_first_of(ATOM_ENDS));
+    if (atext.empty()) throw HeaderParseError();
+    text.remove_prefix(atext.size());
+    return std::string(atext);
+}
+
+std::string address_parser::get_dot_atom() {
+    get_cfws();
+    std::string result = get_atext();
+    while (next_is('.')) {
+        skip();
+        result += '.';
+        if (text.empty() || in(text[0], ATOM_ENDS)) throw HeaderParseError();
+        result += get_atext();
+    }
+    get_cfws();
+    return result;
+}
+
+std::string address_parser::get_atom() {
+    get_cfws();
+    std::string result = get_atext();
+    get_cfws();
+    return result;
+}
+
+address_parser::token address_parser::get_word() {
+    token result;
+    result.leading_space = get_cfws();
+    if (text.empty()) throw HeaderParseError();
+    if (text[0] == '"')
+        result.value = get_bare_quoted_string();
+    else if (in(text[0], SPECIALS))
+        throw HeaderParseError();
+    else
+        result.value = get_atext();
+    result.trailing_space = get_cfws();
+    return result;
+}
+
+std::string address_parser::get_local_part() {
+    const auto start = text;
+    if (text.empty()) throw IndexError();
+    get_cfws();
+    if (text.empty()) throw HeaderParseError();
+    const auto after_cfws = text;
+    std::string result;
+    try {
+        result = get_dot_atom();
+    } catch (const HeaderParseError&) {
+        text = after_cfws;
+        try {
+            result = get_word().value;
+        } catch (const HeaderParseError&) {
+            text = after_cfws;
+            if (text[0] != '\\' && in(text[0], PHRASE_ENDS)) throw;
+        }
+    }
+    if (text.empty() || (text[0] != '\\' && in(text[0], PHRASE_ENDS))) return result;
+    text = start;   // what follows is neither: read it all once more, by the obsolete grammar
+    return get_obs_local_part();
+}
+
+// Words, with or without dots between them. White space counts as one space, none next to a dot.
+std::string address_parser::get_obs_local_part() {
+    std::vector<token> tokens;
+    while (!text.empty() && (text[0] == '\\' || !in(text[0], PHRASE_ENDS))) {
+        if (text[0] == '.' || text[0] == '\\') {
+            tokens.push_back({text[0] == '.' ? token::dot : token::word, std::string(1, text[0])});
+            skip();
+            continue;
+        }
+        const auto before = text;
+        try {
+            tokens.push_back(get_word());
+        } catch (const HeaderParseError&) {
+            text = before;
+            if (!in(text[0], CFWS_LEADER)) throw;
+            get_cfws();
+            tokens.push_back({token::cfws});
+        }
+    }
+    if (tokens.empty() || (tokens.size() == 1 && tokens[0].is == token::cfws)) throw IndexError();
+    std::string result;
+    bool after_dot = true, space = false;   // space: the word before ended in white space
+    for (const auto& it : tokens) {
+        if (it.is == token::cfws) continue;
+        if (space && it.is != token::dot) result += ' ';
+        if (it.leading_space && !after_dot) result += ' ';
+        result += it.value;
+        space = it.trailing_space;
+        after_dot = it.is == token::dot;
+    }
+    return result;
+}
+
+std::string address_parser::get_domain_literal() {
+    skip();   // the bracket
+    get_fws();
+    const std::string result = get_ptext("[]");
+    get_fws();
+    if (text.empty()) throw IndexError();   // not closed
+    if (text[0] != ']') throw HeaderParseError();
+    skip();
+    get_cfws();
+    std::string value;
+    for (std::string_view rest = result; !rest.empty();) {
+        const std::size_t space = space_length(rest);
+        if (space == 0) value += rest[0];
+        rest.remove_prefix(space ? space : 1);
+    }
+    return "[" + value + "]";
+}
+
+std::string address_parser::get_domain() {
+    if (text.empty()) throw IndexError();
+    get_cfws();
+    if (text.empty()) throw HeaderParseError();
+    if (text[0] == '[') return get_domain_literal();
+    const auto before = text;
+    std::string result;
+    try {
+        result = get_dot_atom();
+    } catch (const HeaderParseError&) {
+        text = before;
+        result = get_atom();
+    }
+    if (next_is('@')) throw HeaderParseError();
+    while (next_is('.')) {
+        skip();
+        result += '.';
+        result += get_atom();
+    }
+    std::string value;
+    for (std::string_view rest = result; !rest.empty();) {
+        const std::size_t space = space_length(rest);
+        if (space == 0) value += rest[0];
+        rest.remove_prefix(space ? space : 1);
+    }
+    return value;
+}
+
+std::string address_parser::get_addr_spec() {
+    const std::string local = get_local_part();
+    std::string result = local;
+    if (local.find_first_of(DOT_ATOM_ENDS) != local.npos) {
+        result = '"';
+        for (const char c : local) {
+            if (c == '"' || c == '\\') result += '\\';
+            result += c;
+        }
+        result += '"';
+    }
+    if (!next_is('@')) return result;
+    skip();
+    result += '@';
+    return result += get_domain();
+}
+
+void address_parser::get_obs_route() {
+    while (next_is(',') || next_in(CFWS_LEADER))
+        if (!get_cfws()) skip();
+    if (!next_is('@')) throw HeaderParseError();
+    skip();
+    get_domain();
+    while (next_is(',')) {
+        skip();
+        if (text.empty()) break;
+        get_cfws();
+        if (text.empty()) throw IndexError();
+        if (text[0] != '@') continue;
+        skip();
+        get_domain();
+    }
+    if (!next_is(':')) throw HeaderParseError();
+    skip();
+}
+
+std::string address_parser::get_angle_addr() {
+    get_cfws();
+    if (!next_is('<')) throw HeaderParseError();
+    skip();
+    if (text.empty()) throw IndexError();
+    if (text[0] == '>') {
+        skip();
+        return "<>";
+    }
+    const auto before = text;
+    std::string result;
+    try {
+        result = get_addr_spec();
+    } catch (const HeaderParseError&) {
+        text = before;
+        get_obs_route();
+        result = get_addr_spec();
+    }
+    if (result.empty() || result[0] == '@') result.insert(0, "\"\"");
+    if (next_is('>')) skip();
+    get_cfws();
+    return result;
+}
+
+// Removes one dot at the beginning of each line, and turns CR LF into LF (RFC 5321, 4.5.2), in place.
+void unstuff(std::string& data) {
+    char* out = data.data();
+    const char* in = out;
+    const char* const end = in + data.size();
+    while (in < end) {
+        if (*in == '.') ++in;
+        const char* line_end = in;
+        do {
+            line_end = static_cast<const char*>(std::memchr(line_end, '\r', static_cast<std::size_t>(end - line_end)));
+            if (!line_end) line_end = end;
+        } while (line_end < end && (line_end + 1 == end || line_end[1] != '\n') && ++line_end < end);
+        const auto length = static_cast<std::size_t>(line_end - in);
+        std::memmove(out, in, length);
+        out += length;
+        if (line_end == end) break;
+        *out++ = '\n';
+        in = line_end + 2;
+    }
+    data.resize(static_cast<std::size_t>(out - data.data()));
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------
+// Answers that come later
+// ---------------------------------------------------------------------------------------------------------
+
+struct deferred_reply::owed {
+    SMTPChannel* channel;               // null: nobody waits any more
+    bool deferred = false;
+    bool in_hook = true;                // process_message() is still running
+    std::optional<std::string> status;  // given while it was
+
+    explicit owed(SMTPChannel* who) : channel(who) { channel->owed_ = this; }
+    owed(const owed&) = delete;
+    owed& operator=(const owed&) = delete;
+    ~owed() {
+        try {
+            settle("451 Error: message not processed");
+        } catch (...) {
+            // there is nobody left to tell
+        }
+    }
+
+    void settle(std::string_view reply) {
+        if (!channel) return;
+        SMTPChannel& waiting = *std::exchange(channel, nullptr);
+        waiting.owed_ = nullptr;
+        if (!in_hook) waiting.answer(reply.empty() ? "250 OK" : reply);
+    }
+};
+
+void deferred_reply::answer(std::string_view status) const {
+    if (!owed_ || !owed_->channel || owed_->status) return;
+    if (owed_->in_hook)
+        owed_->status = status;
+    else
+        owed_->settle(status);
+}
+
+deferred_reply message_options::defer() const {
+    auto owed = owed_.lock();
+    if (owed) owed->deferred = true;
+    return deferred_reply(std::move(owed));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// SMTPChannel
+// ---------------------------------------------------------------------------------------------------------
+
+SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
+                         const options& with)
+    : async_chat(std::move(sock), with.map),
+      smtp_server(&server),
+      conn(socket.get()),
+      data_size_limit(with.data_size_limit),
+      enable_SMTPUTF8(with.enable_SMTPUTF8),
+      _decode_data(with.decode_data),
+      fqdn(with.fqdn),
+      peer(addr),   // async_chat has asked the socket for it
+      idle_timeout(with.idle_timeout),
+      rcpt_limit(with.rcpt_limit),
+      reply_queue_limit(with.reply_queue_limit),
+      index_(server.channels_.size()) {
+    if (enable_SMTPUTF8 && _decode_data)
+        throw std::invalid_argument("decode_data and enable_SMTPUTF8 cannot be set to True at the same time");
+    addr = from;
+    _set_rset_state();
+    server.channels_.push_back(this);
+    if (!connected) close();   // the client has gone before we could look
+}
+
+SMTPChannel::~SMTPChannel() {
+    if (owed_) owed_->channel = nullptr;
+    if (!smtp_server) return;
+    auto& channels = smtp_server->channels_;
+    channels[index_] = channels.back();
+    channels[index_]->index_ = index_;
+    channels.pop_back();
+}
+
+void SMTPChannel::start() {
+    if (!connected) return;
+    if (debugging()) DEBUGSTREAM << "Peer: " << peer.repr() << std::endl;
+    push("220 " + fqdn + " " + std::string(version));
+}
+
+std::size_t SMTPChannel::max_command_size_limit() const {
+    std::size_t largest = 0;
+    for (const auto& [verb, limit] : command_size_limits) largest = std::max(largest, limit);
+    return largest ? largest : command_size_limit;
+}
+
+void SMTPChannel::_set_post_data_state() {
+    smtp_state = COMMAND;
+    mailfrom.clear();
+    rcpttos.clear();
+    require_SMTPUTF8 = false;
+    num_bytes = 0;
+    declared_size_ = 0;
+    data_starts_ = false;
+    set_terminator("\r\n");
+}
+
+void SMTPChannel::_set_rset_state() {
+    _set_post_data_state();
+    received_data.clear();
+    received_lines.clear();
+}
+
+void SMTPChannel::push(std::string_view msg) {
+    std::string line;
+    line.reserve(msg.size() + 2);
+    line.append(msg).append("\r\n");
+    async_chat::push(line);
+}
+
+void SMTPChannel::collect_incoming_data(std::string_view data) {
+    // A command is as old as its first byte, a message as its last.
+    if (smtp_state == DATA || num_bytes == 0) active_ = asyncore::clock::now();
+    if (std::exchange(data_starts_, false)) data.remove_prefix(2);
+    const std::size_t limit = smtp_state == DATA ? data_size_limit : max_command_size_limit();
+    if (limit && num_bytes > limit) return;
+    num_bytes += data.size();
+    if (limit && num_bytes > limit) {
+        // Python keeps the chunk that went over the limit.
+        std::string().swap(received_lines);
+        return;
+    }
+    if (smtp_state == DATA && received_lines.capacity() < declared_size_ && num_bytes >= 65536)
+        received_lines.reserve(declared_size_);
+    received_lines.append(data);
+}
+
+void SMTPChannel::found_terminator() {
+    std::string line;
+    line.swap(received_lines);
+    const std::size_t size = std::exchange(num_bytes, 0);
+    if (debugging()) DEBUGSTREAM << "Data: " << asyncore::repr(line, _decode_data ? "" : "b") << std::endl;
+    active_ = asyncore::clock::now();
+    if (smtp_state == COMMAND) {
+        handle_command(line, size);
+        // The next line finds the room that this one had.
+        if (received_lines.empty() && line.capacity() <= 1024) {
+            line.clear();
+            received_lines.swap(line);
+        }
+    } else if (smtp_state == DATA) {
+        handle_message(std::move(line), size);
+    } else {
+        push("451 Internal confusion");
+    }
+    if (bound_ != asyncore::clock::time_point::max() && !in_hand()) say_goodbye("421 Error: server is shutting down");
+}
+
+void SMTPChannel::handle_command(std::string_view line, std::size_t size) {
+    if (size == 0) return push("500 Error: bad syntax");
+    if (size > max_command_size_limit()) return push("500 Error: line too long");
+    if (!is_utf8(line)) return push("500 Error: bad syntax");   // Python: the connection is closed
+    const std::size_t space = line.find(' ');
+    const std::string verb = upper(line.substr(0, space));
+    argument arg;
+    if (space != line.npos) arg = strip(line.substr(space + 1));
+    std::size_t max_size = command_size_limit;
+    if (extended_smtp)
+        if (const auto limit = command_size_limits.find(verb); limit != command_size_limits.end())
+            max_size = limit->second;
+    if (size > max_size) return push("500 Error: line too long");
+    if (!is_ascii(verb)) return push("500 Error: bad syntax");
+    const command method = find_command(verb);
+    if (!method) return push("500 Error: command \"" + verb + "\" not recognized");
+    (this->*method)(arg);
+}
+
+void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
+    if (data_size_limit && size > data_size_limit) {
+        // Python stays in DATA, and takes what follows for another message to the same recipients.
+        _set_post_data_state();
+        return push("552 Error: Too much mail data");
+    }
+    unstuff(line);
+    received_data = std::move(line);
+    if (_decode_data && !is_utf8(received_data)) {
+        _set_post_data_state();
+        return push("554 Error: message is not valid UTF-8");
+    }
+    auto reply = std::make_shared<deferred_reply::owed>(this);
+    message_options kwargs;
+    if (!_decode_data) {
+        kwargs.mail_options = mail_options;
+        kwargs.rcpt_options = rcpt_options;
+    }
+    kwargs.owed_ = reply;
+    std::optional<std::string> status;
+    pause();   // a pass inside process_message() shall not read on
+    try {
+        status = smtp_server->process_message(peer, mailfrom, rcpttos, std::move(received_data), kwargs);
+    } catch (const asyncore::ExitNow&) {
+        throw;
+    } catch (...) {
+        // Python: the connection is closed, without a reply.
+        status = "451 Error: message not processed";
+        reply->deferred = false;
+        log_info("uncaptured C++ exception in process_message of " + repr() + " (" + current_exception_text() + ")",
+                 "error");
+    }
+    _set_post_data_state();
+    active_ = asyncore::clock::now();
+    reply->in_hook = false;
+    if (reply->deferred) {
+        if (!reply->status) return reply.reset();   // the last of its holders answers, or drops it
+        status = reply->status;
+    }
+    reply->settle(status.value_or(std::string()));
+}
+
+void SMTPChannel::answer(std::string_view reply) {
+    resume();
+    active_ = asyncore::clock::now();
+    push(reply);
+    if (bound_ != asyncore::clock::time_point::max() && !in_hand()) say_goodbye("421 Error: server is shutting down");
+}
+
+void SMTPChannel::stop(asyncore::clock::time_point bound) {
+    bound_ = bound;
+    if (!in_hand()) say_goodbye("421 Error: server is shutting down");
+}
+
+void SMTPChannel::say_goodbye(std::string_view reply) {
+    if (leaving_) return;
+    push(reply);
+    close_when_done();
+    leaving_ = true;
+}
+
+// Nothing more is read after QUIT, nor while too many replies wait to be fetched. (Python goes on.)
+bool SMTPChannel::stalled() const {
+    return async_chat::stalled() || leaving_ || (reply_queue_limit && queued() > reply_queue_limit);
+}
+
+asyncore::clock::time_point SMTPChannel::deadline() {
+    auto due = std::min(async_chat::deadline(), bound_);
+    if (idle_timeout.count() > 0 && !paused()) due = std::min(due, active_ + idle_timeout);
+    return due;
+}
+
+void SMTPChannel::handle_timeout() {
+    if (async_chat::deadline() == asyncore::clock::time_point::min()) return async_chat::handle_timeout();
+    if (leaving_ || queued() > 0) return close();   // it does not even fetch what it was told
+    active_ = asyncore::clock::now();
+    bound_ = asyncore::clock::time_point::max();
+    say_goodbye("421 Error: timeout exceeded");
+}
+
+void SMTPChannel::handle_write() {
+    const std::size_t before = queued();
+    async_chat::handle_write();
+    if (queued() < before) active_ = asyncore::clock::now();
+}
+
+// The client has closed its side: what it is owed is sent before ours is closed. (Python drops it.)
+void SMTPChannel::handle_close() {
+    if (leaving_ || queued() == 0) return close();
+    leaving_ = true;
+    close_when_done();
+}
+
+void SMTPChannel::close() {
+    if (owed_) std::exchange(owed_, nullptr)->channel = nullptr;
+    async_chat::close();
+}
+
+SMTPChannel::command SMTPChannel::find_command(std::string_view verb) {
+    static constexpr std::pair<std::string_view, command> table[] = {
+        {"MAIL", &SMTPChannel::smtp_MAIL}, {"RCPT", &SMTPChannel::smtp_RCPT}, {"DATA", &SMTPChannel::smtp_DATA},
+        {"EHLO", &SMTPChannel::smtp_EHLO}, {"HELO", &SMTPChannel::smtp_HELO}, {"QUIT", &SMTPChannel::smtp_QUIT},
+        {"RSET", &SMTPChannel::smtp_RSET}, {"NOOP", &SMTPChannel::smtp_NOOP}, {"HELP", &SMTPChannel::smtp_HELP},
+        {"VRFY", &SMTPChannel::smtp_VRFY}, {"EXPN", &SMTPChannel::smtp_EXPN}};
+    for (const auto& [name, method] : table)
+        if (name == verb) return method;
+    return nullptr;
+}
+
+void SMTPChannel::smtp_HELO(argument arg) {
+    if (!arg || arg->empty()) return push("501 Syntax: HELO hostname");
+    if (!seen_greeting.empty()) return push("503 Duplicate HELO/EHLO");
+    _set_rset_state();
+    seen_greeting = *arg;
+    push("250 " + fqdn);
+}
+
+void SMTPChannel::smtp_EHLO(argument arg) {
+    if (!arg || arg->empty()) return push("501 Syntax: EHLO hostname");
+    if (!seen_greeting.empty()) return push("503 Duplicate HELO/EHLO");
+    _set_rset_state();
+    seen_greeting = *arg;
+    extended_smtp = true;
+    push("250-" + fqdn);
+    std::size_t room = 0;   // that MAIL needs for its parameters
+    if (data_size_limit) {
+        push("250-SIZE " + std::to_string(data_size_limit));
+        room += 26;
+    }
+    if (!_decode_data) push("250-8BITMIME");
+    if (enable_SMTPUTF8) {
+        push("250-SMTPUTF8");
+        room += 10;
+    }
+    if (room) command_size_limits["MAIL"] = command_size_limit + room;
+    push("250 HELP");
+}
+
+void SMTPChannel::smtp_NOOP(argument arg) { push(arg && !arg->empty() ? "501 Syntax: NOOP" : "250 OK"); }
+
+void SMTPChannel::smtp_QUIT(argument) { say_goodbye("221 Bye"); }
+
+std::string_view SMTPChannel::_strip_command_keyword(std::string_view keyword, std::string_view arg) {
+    if (upper(arg.substr(0, keyword.size())) != keyword) return {};
+    return strip(arg.substr(keyword.size()));
+}
+
+std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(std::string_view arg) {
+    if (arg.empty()) return std::pair(std::string(), arg);
+    // Python accepts control characters, and closes the connection when it can't read the address.
+    if (std::any_of(arg.begin(), arg.end(), [](char c) { return is_control(c) && c != '\t'; })) return std::nullopt;
+    address_parser parser(arg);
+    try {
+        std::string found = lstrip(arg)[0] == '<' ? parser.get_angle_addr() : parser.get_addr_spec();
+        if (found.find('\t') != found.npos) return std::nullopt;
+        return std::pair(std::move(found), parser.text);
+    } catch (const address_parser::HeaderParseError&) {
+    } catch (const address_parser::IndexError&) {
+    }
+    return std::nullopt;
+}
+
+std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector<std::string>& params) {
+    const auto is_alnum = [](char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z'); };
+    parameters result;
+    for (const std::string_view param : params) {
+        const std::size_t eq = param.find('=');
+        const std::string_view name = param.substr(0, eq);
+        if (name.empty() || !std::all_of(name.begin(), name.end(), is_alnum) || !is_ascii(param)) return std::nullopt;
+        if (eq == param.npos)
+            result[name] = std::nullopt;
+        else if (eq + 1 == param.size())
+            return std::nullopt;
+        else
+            result[name] = param.substr(eq + 1);
+    }
+    return result;
+}
+
+// The syntax of a verb, as HELP and the 501 replies tell it; "" when there is none.
+std::string SMTPChannel::syntax(std::string_view verb) const {
+    static constexpr std::pair<std::string_view, std::string_view> table[] = {
+        {"EHLO", "EHLO hostname"}, {"HELO", "HELO hostname"}, {"MAIL", "MAIL FROM: <address>"},
+        {"RCPT", "RCPT TO: <address>"}, {"DATA", "DATA"}, {"RSET", "RSET"}, {"NOOP", "NOOP"}, {"QUIT", "QUIT"},
+        {"VRFY", "VRFY <address>"}};
+    for (const auto& [name, text] : table)
+        if (name == verb)
+            return std::string(text) +
+                   (extended_smtp && (verb == "MAIL" || verb == "RCPT") ? " [SP <mail-parameters>]" : "");
+    return "";
+}
+
+void SMTPChannel::smtp_HELP(argument arg) {
+    const std::string known = "Supported commands: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY";
+    if (!arg || arg->empty()) return push("250 " + known);
+    const std::string text = syntax(upper(*arg));
+    push(text.empty() ? "501 " + known : "250 Syntax: " + text);
+}
+
+void SMTPChannel::smtp_VRFY(argument arg) {
+    if (!arg || arg->empty()) return push("501 Syntax: VRFY <address>");
+    const auto parsed = _getaddr(*arg);
+    if (!parsed) return push("501 Syntax: VRFY <address>");
+    if (parsed->first.empty()) return push("502 Could not VRFY " + std::string(*arg));
+    push("252 Cannot VRFY user, but will accept message and attempt delivery");
+}
+
+void SMTPChannel::smtp_MAIL(argument arg) {
+    if (seen_greeting.empty()) return push("503 Error: send HELO first");
+    if (debugging()) DEBUGSTREAM << "===> MAIL " << (arg ? asyncore::repr(*arg) : "None") << std::endl;
+    const std::string syntaxerr = "501 Syntax: " + syntax("MAIL");
+    if (!arg) return push(syntaxerr);
+    auto parsed = _getaddr(_strip_command_keyword("FROM:", *arg));
+    if (!parsed || parsed->first.empty()) return push(syntaxerr);
+    if (!extended_smtp && !parsed->second.empty()) return push(syntaxerr);
+    if (!mailfrom.empty()) return push("503 Error: nested MAIL command");
+    const std::vector<std::string> words = split(upper(parsed->second));
+    auto params = _getparams(words);
+    if (!params) return push(syntaxerr);
+    const auto pop = [&params](std::string_view name) { return params->extract(name); };
+    if (!_decode_data) {
+        if (const auto body = pop("BODY"))
+            if (body.mapped() != "7BIT" && body.mapped() != "8BITMIME")
+                return push("501 Error: BODY can only be one of 7BIT, 8BITMIME");
+    }
+    bool utf8 = false;
+    if (enable_SMTPUTF8) {
+        if (const auto smtputf8 = pop("SMTPUTF8")) {
+            if (smtputf8.mapped()) return push("501 Error: SMTPUTF8 takes no arguments");
+            utf8 = true;
+        }
+    }
+    std::size_t declared = 0;
+    if (const auto size = pop("SIZE")) {
+        const std::string_view digits = size.mapped().value_or("");
+        if (digits.empty() || digits.find_first_not_of("0123456789") != digits.npos) return push(syntaxerr);
+        for (const char digit : digits)   // as far as the number fits
+            declared = declared > SIZE_MAX / 10 - 1 ? SIZE_MAX : declared * 10 + static_cast<std::size_t>(digit - '0');
+        if (data_size_limit && declared > data_size_limit)
+            return push("552 Error: message size exceeds fixed maximum message size");
+    }
+    if (!params->empty()) return push("555 MAIL FROM parameters not recognized or not implemented");
+    mailfrom = std::move(parsed->first);
+    mail_options = words;
+    require_SMTPUTF8 = utf8;
+    declared_size_ = std::min(declared, data_size_limit ? data_size_limit : DATA_SIZE_DEFAULT);
+    if (debugging()) DEBUGSTREAM << "sender: " << asyncore::repr(mailfrom) << std::endl;
+    answer_MAIL();
+}
+
+void SMTPChannel::smtp_RCPT(argument arg) {
+    if (seen_greeting.empty()) return push("503 Error: send HELO first");
+    if (debugging()) DEBUGSTREAM << "===> RCPT " << (arg ? asyncore::repr(*arg) : "None") << std::endl;
+    if (mailfrom.empty()) return push("503 Error: need MAIL command");
+    const std::string syntaxerr = "501 Syntax: " + syntax("RCPT");
+    if (!arg) return push(syntaxerr);
+    auto parsed = _getaddr(_strip_command_keyword("TO:", *arg));
+    if (!parsed || parsed->first.empty()) return push(syntaxerr);
+    if (!extended_smtp && !parsed->second.empty()) return push(syntaxerr);
+    const std::vector<std::string> words = split(upper(parsed->second));
+    const auto params = _getparams(words);
+    if (!params) return push(syntaxerr);
+    if (!params->empty()) return push("555 RCPT TO parameters not recognized or not implemented");
+    if (rcpt_limit && rcpttos.size() >= rcpt_limit) return push("452 Error: too many recipients");
+    rcpttos.push_back(std::move(parsed->first));
+    rcpt_options = words;
+    if (debugging()) DEBUGSTREAM << "recips: " << list_repr(rcpttos) << std::endl;
+    answer_RCPT();
+}
+
+void SMTPChannel::smtp_RSET(argument arg) {
+    if (arg && !arg->empty()) return push("501 Syntax: RSET");
+    _set_rset_state();
+    push("250 OK");
+}
+
+void SMTPChannel::smtp_DATA(argument arg) {
+    if (seen_greeting.empty()) return push("503 Error: send HELO first");
+    if (rcpttos.empty()) return push("503 Error: need RCPT command");
+    if (arg && !arg->empty()) return push("501 Syntax: DATA");
+    smtp_state = DATA;
+    set_terminator("\r\n.\r\n");
+    // This line's own CR LF may be the first half of the terminator: an empty message is `.` at once. Python
+    // waits for another one for ever.
+    unread("\r\n");
+    data_starts_ = true;
+    push("354 End data with <CR><LF>.<CR><LF>");
+}
+
+void SMTPChannel::smtp_EXPN(argument) { push("502 EXPN not implemented"); }
+
+// ---------------------------------------------------------------------------------------------------------
+// SMTPServer
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+int open_spare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
+
+}  // namespace
+
+SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, const options& with)
+    : dispatcher(nullptr, with.map), _localaddr(localaddr), _remoteaddr(remoteaddr), settings(with) {
+    settings.map = _map;
+    if (settings.enable_SMTPUTF8 && settings.decode_data)
+        throw std::invalid_argument("decode_data and enable_SMTPUTF8 cannot be set to True at the same time");
+    const auto candidates = asyncore::getaddrinfo(localaddr);
+    for (const auto& candidate : candidates) {
+        try {
+            create_socket(candidate.family);
+            set_reuse_addr();
+            dispatcher::bind(candidate);
+            break;
+        } catch (const std::system_error& error) {
+            // Python gives up here; a host without IPv6 may well call itself ::1 first.
+            const bool other_family = error.code() == std::errc::address_family_not_supported ||
+                                      error.code() == std::errc::address_not_available;
+            if (!other_family || &candidate == &candidates.back()) throw;
+        }
+    }
+    addr = localaddr;
+    dispatcher::listen(SOMAXCONN);   // Python: 5, and a burst of clients is dropped
+    if (settings.fqdn.empty()) settings.fqdn = asyncore::getfqdn();   // Python: once for each client
+    spare_ = asyncore::socket_type(open_spare());
+    if (!debugging()) return;
+    const std::time_t now = std::time(nullptr);
+    DEBUGSTREAM << "SMTPServer started at " << std::ctime(&now) << "\tLocal addr: " << localaddr.repr()
+                << "\n\tRemote addr:" << remoteaddr.repr() << std::endl;
+}
+
+SMTPServer::~SMTPServer() {
+    for (SMTPChannel* channel : std::exchange(channels_, {})) {
+        channel->smtp_server = nullptr;
+        try {
+            channel->close();
+        } catch (...) {
+            // what a close() has to say comes too late
+        }
+    }
+}
+
+std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                       const address& from) {
+    return std::make_unique<SMTPChannel>(*this, std::move(sock), from, settings);
+}
+
+void SMTPServer::stop(std::chrono::milliseconds grace) {
+    close();
+    const auto bound = asyncore::clock::now() + grace;
+    for (SMTPChannel* channel : std::vector<SMTPChannel*>(channels_)) channel->stop(bound);
+}
+
+asyncore::clock::time_point SMTPServer::deadline() {
+    return resting_ ? rested_ : asyncore::clock::time_point::max();
+}
+
+// Python takes one client a pass, and closes the listener when accept() fails.
+void SMTPServer::handle_accept() {
+    try {
+        for (int i = 0; i < 100 && accepting; ++i) {
+            auto pair = accept();
+            if (!pair) return;
+            handle_accepted(std::move(pair->first), pair->second);
+        }
+    } catch (const std::system_error& error) {
+        const int err = error.code().value();
+        if (err == EBADF || err == EINVAL || err == ENOTSOCK || err == EOPNOTSUPP || err == EFAULT) throw;
+        log_info(std::string("accept: ") + error.what(), "error");
+        turn_away();
+    }
+}
+
+// Descriptors have run out: the spare one serves to tell a client so. Then a rest, lest the loop spin.
+void SMTPServer::turn_away() {
+    spare_.close();
+    try {
+        if (auto pair = accept()) {
+            pair->first->send("421 Error: too many connections\r\n");
+            pair->first->close();
+        }
+    } catch (const std::system_error&) {
+        // it will be told another time
+    }
+    spare_ = asyncore::socket_type(open_spare());
+    resting_ = true;
+    rested_ = asyncore::clock::now() + std::chrono::milliseconds(100);
+}
+
+void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const address& from) {
+    if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
+    SMTPChannel* channel = nullptr;
+    try {
+        auto made = channel_class(std::move(sock), from);
+        if (!made) return;
+        channel = made.get();
+        channel->_map->own(std::move(made));
+        channel->start();
+    } catch (const asyncore::ExitNow&) {
+        throw;
+    } catch (...) {
+        // Python: the listener is closed. Here it is this client's loss alone.
+        log_info("uncaptured C++ exception in a new channel (" + current_exception_text() + ")", "error");
+        if (channel) channel->close();
+    }
+}
+
+std::optional<std::string> SMTPServer::process_message(const address&, const std::string&,
+                                                       const std::vector<std::string>&, std::string&&,
+                                                       const message_options&) {
+    throw asyncore::NotImplementedError("process_message() must be implemented in a subclass");
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// DebuggingServer
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// The text, but nothing that could drive a terminal: a control character or an invalid byte shows as \xNN.
+void print(std::ostream& out, std::string_view line) {
+    while (!line.empty()) {
+        const std::size_t length = utf8_length(line);
+        const bool c1 = length == 2 && line[0] == '\xc2' && static_cast<unsigned char>(line[1]) < 0xa0;
+        if (length == 0 || c1 || (is_control(line[0]) && line[0] != '\t')) {
+            const auto byte = static_cast<unsigned char>(line[0]);
+            out << "\\x" << "0123456789abcdef"[byte >> 4] << "0123456789abcdef"[byte & 15];
+            line.remove_prefix(1);
+        } else {
+            out << line.substr(0, length);
+            line.remove_prefix(length);
+        }
+    }
+    out << '\n';
+}
+
+// The length of the line end that the text begins with, as splitlines() of bytes or of str has it; or 0.
+std::size_t newline_length(std::string_view text, bool str) {
+    if (text[0] == '\n') return 1;
+    if (text[0] == '\r') return text.substr(0, 2) == "\r\n" ? 2 : 1;
+    if (!str) return 0;
+    if (text[0] == '\v' || text[0] == '\f' || (text[0] >= 0x1c && text[0] <= 0x1e)) return 1;
+    for (const std::string_view wide : {"\u0085", "\u2028", "\u2029"})
+        if (text.substr(0, wide.size()) == wide) return wide.size();
+    return 0;
+}
+
+// The host of a client, for X-Peer.
+std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "unix" : peer.host; }
+
+}  // namespace
+
+void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
+    bool inheaders = true;
+    while (!data.empty()) {
+        std::size_t end = 0, newline = 0;
+        while (end < data.size() && (newline = newline_length(data.substr(end), settings.decode_data)) == 0) ++end;
+        const std::string_view line = data.substr(0, end);
+        data.remove_prefix(end + newline);
+        if (inheaders && line.empty()) {
+            print(out, "X-Peer: " + peer_host(peer));
+            inheaders = false;
+        }
+        print(out, line);
+    }
+}
+
+std::optional<std::string> DebuggingServer::process_message(const address& peer, const std::string&,
+                                                            const std::vector<std::string>&, std::string&& data,
+                                                            const message_options& kwargs) {
+    auto& out = std::cout;
+    out << "---------- MESSAGE FOLLOWS ----------\n";
+    if (!kwargs.mail_options.empty()) out << "mail options: " << list_repr(kwargs.mail_options) << '\n';
+    if (!kwargs.rcpt_options.empty()) out << "rcpt options: " << list_repr(kwargs.rcpt_options) << "\n\n";
+    _print_message_content(peer, data, out);
+    out << "------------ END MESSAGE ------------" << std::endl;
+    if (!out) throw asyncore::ExitNow("cannot write the message to stdout");
+    return std::nullopt;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The command line's classes
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+std::map<std::string, server_factory>& known_classes() {
+    static std::map<std::string, server_factory> classes;
+    return classes;
+}
+
+template <typename Server>
+server_factory make_server() {
+    return [](const address& localaddr, const address& remoteaddr, const options& with) {
+        return std::make_unique<Server>(localaddr, remoteaddr, with);
+    };
+}
+
+}  // namespace
+
+server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
+
+const std::map<std::string, server_factory>& server_class::all() {
+    auto& classes = known_classes();
+    classes.emplace("SMTPServer", make_server<SMTPServer>());
+    classes.emplace("DebuggingServer", make_server<DebuggingServer>());
+    return classes;
+}
+
+}  // namespace smtpd

@@ -1,0 +1,271 @@
+// smtpd: Python's SMTP server (RFC 5321, with SIZE, 8BITMIME and SMTPUTF8), in C++17.
+//
+//     struct CustomServer : smtpd::SMTPServer {
+//         using SMTPServer::SMTPServer;
+//         std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
+//                                                    const std::vector<std::string>& rcpttos, std::string&& data,
+//                                                    const smtpd::message_options& kwargs) override {
+//             inbox.push_back(std::move(data));
+//             return std::nullopt;   // 250 OK; or the reply, such as "550 no such user"
+//         }
+//         std::vector<std::string> inbox;
+//     };
+//     CustomServer server({"127.0.0.1", 1025}, {});
+//     asyncore::loop();
+//
+// SMTPServer listens and makes an SMTPChannel for each client; the channel holds the conversation and hands
+// each message to process_message(). DebuggingServer prints the messages, PureProxy passes them on to another
+// server, MailmanProxy gives those for mailing lists to Mailman. Everything runs in the loop of asyncore.hpp,
+// whose rules of ownership hold here: channels belong to the map, servers to whoever made them.
+
+#ifndef SMTPD_HPP
+#define SMTPD_HPP
+
+#include <functional>
+#include <map>
+
+#include "asyncore.hpp"
+
+namespace smtpd {
+
+class SMTPChannel;
+class SMTPServer;
+
+// The banner's text; the number is this project's. smtpd.py: __version__
+inline constexpr std::string_view version = "C++ SMTP proxy version 1.0.0";
+
+inline constexpr std::size_t DATA_SIZE_DEFAULT = 33554432;   // bytes. smtpd.py: DATA_SIZE_DEFAULT
+
+// Where the conversation is told, for -d: silent until it is given a buffer, as in
+// DEBUGSTREAM.rdbuf(std::cerr.rdbuf()). smtpd.py: DEBUGSTREAM
+std::ostream& default_debugstream();
+inline std::ostream& DEBUGSTREAM = default_debugstream();
+
+// What a server is made with. A timeout or a limit of 0 means none.
+struct options {
+    std::size_t data_size_limit = DATA_SIZE_DEFAULT;   // bytes of a message, as they come over the wire
+    asyncore::map_type* map = nullptr;                 // null: asyncore::socket_map
+    bool enable_SMTPUTF8 = false;                      // offer SMTPUTF8 (RFC 6531)
+    bool decode_data = false;                          // messages must be UTF-8; no 8BITMIME; not with SMTPUTF8
+
+    // Not in Python.
+    std::string fqdn;                                  // the name in the banner; "": asyncore::getfqdn()
+    std::chrono::milliseconds idle_timeout{300000};    // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
+    std::size_t rcpt_limit = 1000;                     // recipients of a message; then 452
+    std::size_t reply_queue_limit = 1 << 20;           // bytes of replies that wait; then input waits too
+};
+
+// The answer to a message, given later. Copies are the same answer; the first one given counts. When the last
+// copy goes without an answer, the client gets 451. Not for other threads.
+class deferred_reply {
+  public:
+    deferred_reply() = default;   // answers nobody
+
+    // As if process_message() had returned it: "" is 250 OK. Harmless when the client has gone.
+    void answer(std::string_view status = {}) const;
+
+  private:
+    friend class SMTPChannel;
+    friend struct message_options;
+    struct owed;
+    explicit deferred_reply(std::shared_ptr<owed> reply) : owed_(std::move(reply)) {}
+    std::shared_ptr<owed> owed_;
+};
+
+// What process_message() is told beyond Python's four arguments: its kwargs.
+struct message_options {
+    std::vector<std::string> mail_options;   // upper case, as in {"BODY=8BITMIME", "SMTPUTF8"}
+    std::vector<std::string> rcpt_options;   // of the last RCPT
+
+    // Take over the answer: what process_message() returns is then ignored, and the client waits. Calling it
+    // again gives the same answer; after process_message() has returned, one that nobody hears.
+    deferred_reply defer() const;
+
+  private:
+    friend class SMTPChannel;
+    std::weak_ptr<deferred_reply::owed> owed_;
+};
+
+// One client's conversation. smtpd.py: SMTPChannel
+class SMTPChannel : public asynchat::async_chat {
+  public:
+    enum state { COMMAND = 0, DATA = 1 };
+    using argument = std::optional<std::string_view>;   // what follows the verb; None when there is no space
+    using command = void (SMTPChannel::*)(argument);
+
+    SMTPServer* smtp_server;            // null when the server has gone; the channel is closed then
+    asyncore::socket_type* conn;        // the same as *socket
+    std::size_t data_size_limit;        // 0: none
+    bool enable_SMTPUTF8;
+    bool _decode_data;
+    int smtp_state = COMMAND;
+    std::string seen_greeting;          // the argument of HELO or EHLO
+    bool extended_smtp = false;         // EHLO was said
+    std::string mailfrom;               // "" before MAIL (None in Python)
+    std::vector<std::string> rcpttos;
+    bool require_SMTPUTF8 = false;
+    std::vector<std::string> mail_options, rcpt_options;   // of the last MAIL and RCPT that were accepted
+    std::string received_lines;         // what has come of the line, or of the message
+    std::string received_data;          // the last message
+    std::size_t num_bytes = 0;          // received of the line or message, those that are not kept included
+    std::string fqdn;
+    asyncore::address peer;
+
+    std::size_t command_size_limit = 512;                     // bytes of a line, without CR LF
+    std::map<std::string, std::size_t> command_size_limits;   // by verb, after EHLO
+    std::size_t max_command_size_limit() const;               // smtpd.py: SMTPChannel.max_command_size_limit
+
+    std::chrono::milliseconds idle_timeout;
+    std::size_t rcpt_limit, reply_queue_limit;
+
+    // Throws std::invalid_argument for SMTPUTF8 together with decode_data. Says nothing yet: see start().
+    SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr,
+                const options& with = {});
+    ~SMTPChannel() override;
+    std::string class_name() const override { return "smtpd.SMTPChannel"; }
+
+    // Sends the banner: what Python does at the end of the constructor.
+    virtual void start();
+    // Ends the conversation with 421, at once or after the message in hand, no later than `bound`.
+    void stop(asyncore::clock::time_point bound);
+
+    void push(std::string_view msg) override;   // a line; CR LF is added. smtpd.py: SMTPChannel.push
+    void collect_incoming_data(std::string_view data) override;   // smtpd.py: SMTPChannel.collect_incoming_data
+    void found_terminator() override;                             // smtpd.py: SMTPChannel.found_terminator
+
+    // The method of a verb, given in upper case; null: there is none. Override it to add verbs:
+    // if (verb == "AUTH") return static_cast<command>(&MyChannel::smtp_AUTH);
+    virtual command find_command(std::string_view verb);
+
+    virtual void smtp_HELO(argument arg);   // smtpd.py: SMTPChannel.smtp_HELO
+    virtual void smtp_EHLO(argument arg);   // smtpd.py: SMTPChannel.smtp_EHLO
+    virtual void smtp_NOOP(argument arg);   // smtpd.py: SMTPChannel.smtp_NOOP
+    virtual void smtp_QUIT(argument arg);   // smtpd.py: SMTPChannel.smtp_QUIT
+    virtual void smtp_HELP(argument arg);   // smtpd.py: SMTPChannel.smtp_HELP
+    virtual void smtp_VRFY(argument arg);   // smtpd.py: SMTPChannel.smtp_VRFY
+    virtual void smtp_MAIL(argument arg);   // smtpd.py: SMTPChannel.smtp_MAIL
+    virtual void smtp_RCPT(argument arg);   // smtpd.py: SMTPChannel.smtp_RCPT
+    virtual void smtp_RSET(argument arg);   // smtpd.py: SMTPChannel.smtp_RSET
+    virtual void smtp_DATA(argument arg);   // smtpd.py: SMTPChannel.smtp_DATA
+    virtual void smtp_EXPN(argument arg);   // smtpd.py: SMTPChannel.smtp_EXPN
+
+    void close() override;
+    void handle_close() override;
+    void handle_write() override;
+    asyncore::clock::time_point deadline() override;
+    void handle_timeout() override;
+
+  protected:
+    using parameters = std::map<std::string_view, std::optional<std::string_view>>;   // no value: True in Python
+
+    // What is left of `arg` after the keyword, stripped; "" without it. smtpd.py: SMTPChannel._strip_command_keyword
+    static std::string_view _strip_command_keyword(std::string_view keyword, std::string_view arg);
+    // The address and what follows it; nothing when it is malformed. smtpd.py: SMTPChannel._getaddr
+    static std::optional<std::pair<std::string, std::string_view>> _getaddr(std::string_view arg);
+    // The parameters by name; nothing when one is malformed. smtpd.py: SMTPChannel._getparams
+    static std::optional<parameters> _getparams(const std::vector<std::string>& params);
+    void _set_post_data_state();   // smtpd.py: SMTPChannel._set_post_data_state
+    void _set_rset_state();        // smtpd.py: SMTPChannel._set_rset_state
+
+    // MAIL and RCPT are right and their values are set: answer them. 250 OK, unless a subclass knows better.
+    virtual void answer_MAIL() { push("250 OK"); }
+    virtual void answer_RCPT() { push("250 OK"); }
+    // The answer that the client has been waiting for since pause(): it is sent, and the channel goes on.
+    void answer(std::string_view reply);
+
+    bool stalled() const override;
+
+  private:
+    friend class SMTPServer;
+    friend class deferred_reply;
+    friend struct deferred_reply::owed;
+    void handle_command(std::string_view line, std::size_t size);
+    void handle_message(std::string&& line, std::size_t size);
+    std::string syntax(std::string_view verb) const;
+    bool in_hand() const { return smtp_state == DATA || paused(); }
+    void say_goodbye(std::string_view reply);
+
+    asyncore::clock::time_point active_ = asyncore::clock::now();        // the idle clock's start
+    asyncore::clock::time_point bound_ = asyncore::clock::time_point::max();   // see stop()
+    std::size_t index_;                       // in smtp_server->channels_
+    deferred_reply::owed* owed_ = nullptr;    // the answer that process_message() has deferred
+    std::size_t declared_size_ = 0;           // SIZE= of this MAIL
+    bool data_starts_ = false;                // the CR LF of the DATA line is still to come
+    bool leaving_ = false;                    // QUIT or 421 was said: nothing more is read
+};
+
+// Listens, and makes a channel for each client. smtpd.py: SMTPServer
+class SMTPServer : public asyncore::dispatcher {
+  public:
+    asyncore::address _localaddr, _remoteaddr;
+    options settings;   // data_size_limit, enable_SMTPUTF8 and so on: what each new channel gets
+
+    // Binds and listens. `remoteaddr` is for subclasses that pass mail on. Throws std::system_error when it
+    // can't listen there, std::invalid_argument for SMTPUTF8 together with decode_data.
+    SMTPServer(const asyncore::address& localaddr, const asyncore::address& remoteaddr, const options& with = {});
+    ~SMTPServer() override;   // closes the channels
+    std::string class_name() const override { return "smtpd.SMTPServer"; }
+
+    // Makes the channel of a client: override it to use one of your own. smtpd.py: SMTPServer.channel_class
+    virtual std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
+                                                       const asyncore::address& addr);
+
+    // Called with each message; override it. `data` is the channel's received_data: read it, or move from it
+    // to keep it. Line ends are \n. Returns the reply, nothing for 250 OK. What it throws is logged, and the
+    // client gets 451. smtpd.py: SMTPServer.process_message
+    virtual std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
+                                                       const std::vector<std::string>& rcpttos, std::string&& data,
+                                                       const message_options& kwargs);
+
+    // Stops listening; each channel says 421, those with a message in hand when they have done with it, all of
+    // them within `grace`. The loop goes on until they are gone.
+    void stop(std::chrono::milliseconds grace);
+
+    bool readable() override { return !resting_; }
+    asyncore::clock::time_point deadline() override;
+    void handle_timeout() override { resting_ = false; }
+    void handle_accept() override;
+    void handle_accepted(std::unique_ptr<asyncore::socket_type> conn,
+                         const asyncore::address& addr) override;   // smtpd.py: SMTPServer.handle_accepted
+
+  private:
+    friend class SMTPChannel;
+    void turn_away();
+
+    std::vector<SMTPChannel*> channels_;
+    asyncore::socket_type spare_;   // given up for a moment when descriptors run out
+    asyncore::clock::time_point rested_{};
+    bool resting_ = false;
+};
+
+// Prints each message on stdout. A stdout that can't be written to is ExitNow. smtpd.py: DebuggingServer
+class DebuggingServer : public SMTPServer {
+  public:
+    using SMTPServer::SMTPServer;
+    std::string class_name() const override { return "smtpd.DebuggingServer"; }
+    std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
+                                               const std::vector<std::string>& rcpttos, std::string&& data,
+                                               const message_options& kwargs) override;   // smtpd.py: DebuggingServer.process_message
+
+  protected:
+    // smtpd.py: DebuggingServer._print_message_content
+    void _print_message_content(const asyncore::address& peer, std::string_view data, std::ostream& out) const;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// The command line's classes
+// ---------------------------------------------------------------------------------------------------------
+
+using server_factory = std::function<std::unique_ptr<SMTPServer>(
+    const asyncore::address& localaddr, const asyncore::address& remoteaddr, const options& with)>;
+
+// The classes that -c knows, by name. An object of this type adds one: with main.cpp linked to it, a program
+// that consists of a class and `static smtpd::server_class mine("MyServer", ...)` has the whole command line.
+struct server_class {
+    server_class(const std::string& name, server_factory make);
+    static const std::map<std::string, server_factory>& all();
+};
+
+}  // namespace smtpd
+
+#endif

@@ -1,0 +1,114 @@
+// Runs every TEST, or those whose "suite.name" contains an argument. Usage: core [-l] [PATTERN...]
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string_view>
+#include <vector>
+
+#include "asyncore.hpp"
+#include "test.hpp"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+
+static std::atomic<long> live{0};
+
+#ifndef SANITIZED   // the sanitizers count for themselves
+void* operator new(std::size_t size) {
+    void* memory = std::malloc(size ? size : 1);
+    if (!memory) throw std::bad_alloc();
+    ++live;
+    return memory;
+}
+void operator delete(void* memory) noexcept {
+    if (memory) --live;
+    std::free(memory);
+}
+void operator delete(void* memory, std::size_t) noexcept { operator delete(memory); }
+#endif
+
+namespace test {
+
+namespace {
+
+struct entry {
+    std::string name;
+    void (*body)();
+};
+
+std::vector<entry>& entries() {
+    static std::vector<entry> all;
+    return all;
+}
+
+int open_descriptors() {
+    int count = 0;
+    for (int fd = 0; fd < 4096; ++fd)
+        if (::fcntl(fd, F_GETFD) >= 0) ++count;
+    return count;
+}
+
+// What a test does wrong; "" when it does nothing wrong.
+std::string run(const entry& it, bool look_for_leaks) {
+    const long memory = live;
+    const int descriptors = open_descriptors();
+    try {
+        it.body();
+    } catch (const std::exception& error) {
+        return error.what();
+    } catch (...) {
+        return "unknown exception";
+    }
+    if (open_descriptors() != descriptors) return "leaves descriptors open";
+    if (look_for_leaks && live != memory) return "leaves " + std::to_string(live - memory) + " allocations";
+    return "";
+}
+
+}  // namespace
+
+registration::registration(const char* suite, const char* name, void (*body)()) {
+    entries().push_back({std::string(suite) + "." + name, body});
+}
+
+std::string show(const std::string& value) { return asyncore::repr(value, "b"); }
+
+void fail(const char* file, int line, const std::string& what) {
+    throw failure(std::string(file) + ":" + std::to_string(line) + ": " + what);
+}
+
+}  // namespace test
+
+int main(int argc, char** argv) {
+    std::signal(SIGPIPE, SIG_DFL);   // the library must never raise it
+    const std::vector<std::string_view> patterns(argv + 1, argv + argc);
+    const bool list = !patterns.empty() && patterns[0] == "-l";
+    int passed = 0, failed = 0;
+    for (const auto& it : test::entries()) {
+        bool wanted = patterns.empty() || list;
+        for (const auto pattern : patterns) wanted = wanted || it.name.find(pattern) != it.name.npos;
+        if (!wanted) continue;
+        if (list) {
+            std::puts(it.name.c_str());
+            continue;
+        }
+        std::string wrong = test::run(it, false);
+        // Something made once and kept is no leak: only a second run that leaves memory behind has one.
+        if (wrong.empty()) wrong = test::run(it, true);
+        wrong.empty() ? ++passed : ++failed;
+        if (!wrong.empty()) std::printf("FAILED %s\n    %s\n", it.name.c_str(), wrong.c_str());
+    }
+    if (!list) std::printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0 || (passed == 0 && !list);
+}
