@@ -44,6 +44,12 @@ Options:
     -u, --smtputf8
         Offer SMTPUTF8 (RFC 6531).
 
+    --mailman-lists FOLDER
+    --mailman-lmtp HOST:PORT
+        For MailmanProxy: the folder `lists' of Mailman 3, and where Mailman
+        takes messages by LMTP. /var/lib/mailman3/lists and 127.0.0.1:8024 by
+        default.
+
     -d, --debug
         Tell the conversation on stderr.
 
@@ -53,6 +59,9 @@ Options:
 localhost:localport is where to listen, localhost:8025 by default;
 remotehost:remoteport is where the proxies send, localhost:25 by default. An
 IPv6 address stands in brackets: [::1]:8025.
+
+The proxies send anything anywhere for whoever connects: an open relay, if
+strangers can reach it.
 
 Version: %version%
 )";
@@ -79,14 +88,15 @@ struct Options {
 };
 
 struct option {
-    char letter;
+    char letter;   // below ' ': there is no short form
     std::string name;
     bool takes_value;
 };
 
 const option known_options[] = {{'c', "class", true}, {'n', "nosetuid", false}, {'V', "version", false},
                                 {'h', "help", false}, {'s', "size", true},      {'d', "debug", false},
-                                {'u', "smtputf8", false}};
+                                {'u', "smtputf8", false},        {'\1', "mailman-lists", true},
+                                {'\2', "mailman-lmtp", true}};
 
 // The option that --name means; a unique beginning will do.
 const option& long_option(const std::string& name) {
@@ -103,7 +113,7 @@ const option& long_option(const std::string& name) {
 
 const option& short_option(char letter) {
     for (const auto& candidate : known_options)
-        if (candidate.letter == letter) return candidate;
+        if (candidate.letter == letter && letter > ' ') return candidate;
     usage(1, std::string("option -") + letter + " not recognized");
 }
 
@@ -185,6 +195,12 @@ Options parseargs(std::vector<std::string> args) {
             case 'u':
                 options.with.enable_SMTPUTF8 = true;
                 break;
+            case '\1':
+                options.with.mailman_lists = value;
+                break;
+            case '\2':
+                options.with.mailman_lmtp = parse_spec(value, "LMTP");
+                break;
             case 's':
                 if (const auto size = number(value)) {
                     options.with.data_size_limit = *size;
@@ -212,6 +228,10 @@ void become_nobody() {
         return;
     std::cerr << "Cannot setuid \"nobody\"; try running with -n option.\n";
     std::exit(1);
+}
+
+bool is_loopback(const asyncore::address& addr) {
+    return addr.family == AF_UNIX || addr.host == "::1" || addr.host.compare(0, 4, "127.") == 0;
 }
 
 int signal_pipe[2];
@@ -263,6 +283,9 @@ int main(int argc, char** argv) {
         return 1;
     }
     if (options.setuid) become_nobody();
+    if (server->relays() && !is_loopback(server->socket->getsockname()))
+        std::cerr << program << ": warning: whoever can reach " << options.local.str()
+                  << " can send mail anywhere through it\n";
     try {
         if (::pipe(signal_pipe) < 0) throw std::system_error(errno, std::generic_category(), "pipe");
         ::fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);

@@ -1,6 +1,7 @@
 #include "smtpd.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -1102,6 +1103,751 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// SMTP, LMTP: the client's side
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Takes the first line off `text`, its line end too, whichever of CR LF, CR or LF that is. False: it had none.
+bool take_line(std::string_view& text, std::string_view& line) {
+    const auto* lf = static_cast<const char*>(std::memchr(text.data(), '\n', text.size()));
+    std::size_t end = lf ? static_cast<std::size_t>(lf - text.data()) : text.size();
+    const auto* cr = static_cast<const char*>(std::memchr(text.data(), '\r', end));
+    if (cr) end = static_cast<std::size_t>(cr - text.data());
+    line = text.substr(0, end);
+    if (end == text.size()) {
+        text = {};
+        return false;
+    }
+    text.remove_prefix(text.substr(end, 2) == "\r\n" ? end + 2 : end + 1);
+    return true;
+}
+
+// A message as it is sent after 354, its last dot included.
+class message_producer : public asynchat::producer {
+  public:
+    explicit message_producer(std::string message) : message_(std::move(message)), rest_(message_) {}
+
+    bool done() const { return done_; }
+
+    std::string more() override {
+        std::string piece;
+        if (done_) return piece;
+        piece.reserve(std::min<std::size_t>(rest_.size(), 65536) + 128);
+        std::string_view line;
+        while (!rest_.empty() && piece.size() < 65536) {
+            take_line(rest_, line);
+            if (!line.empty() && line[0] == '.') piece += '.';
+            piece.append(line).append("\r\n");
+        }
+        done_ = rest_.empty();
+        if (done_) piece += ".\r\n";
+        return piece;
+    }
+
+  private:
+    std::string message_;
+    std::string_view rest_;
+    bool done_ = false;
+};
+
+// Bytes of a message with CR LF line ends, before dots are doubled.
+std::size_t size_on_the_wire(std::string_view message) {
+    std::size_t size = 0;
+    for (std::string_view line; !message.empty();) size += (take_line(message, line), line.size() + 2);
+    return size;
+}
+
+std::string in_brackets(const std::string& addr) { return addr == "<>" ? addr : "<" + addr + ">"; }
+
+// Of several answers to one message, the one that decides: what is temporary comes first, so that nothing is lost.
+int severity(const reply& answer) {
+    if (answer.code == 250) return 0;
+    return answer.code >= 500 ? 1 : 2;
+}
+
+}  // namespace
+
+std::string reply::line() const {
+    if (code < 0) return text;
+    const std::string digits = std::to_string(code);
+    std::string result;
+    for (std::string_view rest = text;;) {
+        const std::size_t end = rest.find('\n');
+        result.append(digits).append(end == rest.npos ? " " : "-").append(rest.substr(0, end));
+        if (end == rest.npos) return result;
+        result += "\r\n";
+        rest.remove_prefix(end + 1);
+    }
+}
+
+SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, map), wait_(wait) {
+    set_terminator("\n");
+}
+
+SMTP::~SMTP() {
+    if (on_close) on_close();
+}
+
+void SMTP::connect(const address& server, handler then) {
+    expect(std::move(then), wait_.connect);
+    address to = server;
+    if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
+    try {
+        candidates_ = asyncore::getaddrinfo(to);
+    } catch (const std::system_error& error) {
+        return fail(error.what());
+    }
+    std::reverse(candidates_.begin(), candidates_.end());
+    attempt();
+}
+
+// Tries the next address.
+void SMTP::attempt() {
+    while (!candidates_.empty()) {
+        const address next = std::move(candidates_.back());
+        candidates_.pop_back();
+        try {
+            due_ = asyncore::clock::now() + wait_.connect;
+            create_socket(next.family);
+            return async_chat::connect(next);
+        } catch (const std::system_error& error) {
+            why_ = error.what();
+        }
+    }
+    fail(why_);
+}
+
+void SMTP::handle_connect() {
+    candidates_.clear();
+    due_ = asyncore::clock::now() + wait_.greeting;
+}
+
+void SMTP::expect(handler then, std::chrono::milliseconds wait) {
+    if (then_) throw std::logic_error("one command at a time");
+    then_ = std::move(then);
+    due_ = asyncore::clock::now() + wait;
+    replies_left_ = 1;
+    worst_ = {};
+}
+
+void SMTP::docmd(const std::string& cmd, handler then) {
+    if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
+        throw std::invalid_argument("command and arguments contain prohibited newline characters");
+    if (!connected) return then({-1, "not connected"});
+    expect(std::move(then), wait_.command);
+    async_chat::push(cmd + "\r\n");
+}
+
+void SMTP::ehlo(handler then) {
+    docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
+        does_esmtp = answer.code == 250;
+        esmtp_features.clear();
+        std::string_view rest = answer.text, line;
+        for (take_line(rest, line); does_esmtp && !rest.empty();) {
+            take_line(rest, line);
+            const std::size_t space = std::min(line.find_first_of(" ="), line.size());
+            esmtp_features[upper(line.substr(0, space))] = strip(line.substr(std::min(space + 1, line.size())));
+        }
+        then(answer);
+    });
+}
+
+void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
+
+void SMTP::ehlo_or_helo_if_needed(handler then) {
+    ehlo([this, then](const reply& answer) {
+        if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
+        helo(then);
+    });
+}
+
+// The name to greet with; an address literal when there is no better one.
+std::string SMTP::own_name() const {
+    if (!local_hostname.empty()) return local_hostname;
+    const address own = socket->getsockname();
+    if (own.family == AF_UNIX) return "localhost";
+    return (own.family == AF_INET6 ? "[IPv6:" : "[") + own.host + "]";
+}
+
+void SMTP::mail(const std::string& sender, const std::vector<std::string>& with, handler then) {
+    std::string cmd = "MAIL FROM:" + in_brackets(sender);
+    for (const auto& option : with) cmd += " " + option;
+    accepted_ = 0;
+    docmd(cmd, std::move(then));
+}
+
+void SMTP::rcpt(const std::string& recipient, handler then) {
+    docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
+        if (answer.code == 250 || answer.code == 251) ++accepted_;
+        then(answer);
+    });
+}
+
+void SMTP::data(std::string msg, handler then) {
+    docmd("DATA", std::move(then));
+    if (!connected) return;
+    message_ = std::move(msg);
+    awaiting_354_ = true;
+    due_ = asyncore::clock::now() + wait_.data_initiation;
+}
+
+void SMTP::send_message() {
+    awaiting_354_ = false;
+    replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
+    auto source = std::make_unique<message_producer>(std::exchange(message_, {}));
+    sending_ = !source->done();
+    due_ = asyncore::clock::now() + wait_.data_block;
+    push_with_producer(std::move(source));
+}
+
+void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
+
+void SMTP::quit() {
+    // A message without its last dot is none.
+    if (!connected || awaiting_354_ || !producer_fifo.empty()) return close();
+    quitting_ = true;
+    if (!then_) async_chat::push("QUIT\r\n");
+    due_ = std::min(due_, asyncore::clock::now() + wait_.quit);
+}
+
+void SMTP::forget() {
+    on_close = nullptr;
+    if (then_) then_ = [](const reply&) {};
+}
+
+// What sendmail() keeps between one command and the next.
+struct SMTP::mailing {
+    SMTP& session;
+    std::vector<std::string> to_addrs;
+    std::string msg;
+    bool all;
+    std::function<void(const reply&, const refused&)> then;
+    refused refused_so_far{};
+    std::size_t next = 0;
+
+    static void say_RCPT(const std::shared_ptr<mailing>& it) {
+        if (it->next == it->to_addrs.size()) {
+            if (it->refused_so_far.size() == it->to_addrs.size())
+                return it->then(it->refused_so_far.begin()->second, it->refused_so_far);
+            return it->session.data(std::move(it->msg),
+                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
+        }
+        it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
+            const bool yes = answer.code == 250 || answer.code == 251;
+            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = answer;
+            ++it->next;
+            if (!yes && (it->all || !it->session.connected)) return it->then(answer, it->refused_so_far);
+            say_RCPT(it);
+        });
+    }
+};
+
+void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg, bool all,
+                    std::function<void(const reply&, const refused&)> then) {
+    std::vector<std::string> with;
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(size_on_the_wire(msg)));
+    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
+    mail(from_addr, with, [it](const reply& answer) {
+        if (answer.code != 250) return it->then(answer, {});
+        mailing::say_RCPT(it);
+    });
+}
+
+void SMTP::collect_incoming_data(std::string_view data) {
+    if (line_.size() + data.size() > maxline) return fail("the answer is too long");
+    line_ += data;
+}
+
+void SMTP::found_terminator() {
+    std::string line = std::exchange(line_, {});
+    while (!line.empty() && (line.back() == '\r' || line.back() == ' ' || line.back() == '\t')) line.pop_back();
+    const auto digit = [&](std::size_t i) { return i < line.size() && line[i] >= '0' && line[i] <= '9'; };
+    const bool numbered = digit(0) && line[0] >= '2' && line[0] <= '5' && digit(1) && digit(2);
+    const bool more = line.size() > 3 && line[3] == '-';
+    const int code = numbered ? std::stoi(line.substr(0, 3)) : -1;
+    if (!numbered || (line.size() > 3 && line[3] != ' ' && !more) || (answer_.code >= 0 && answer_.code != code))
+        return fail("the answer makes no sense");
+    for (char& c : line)
+        if (is_control(c) && c != '\t') c = ' ';
+    if (answer_.code >= 0) answer_.text += '\n';
+    answer_.code = code;
+    if (line.size() > 4) answer_.text.append(line, 4, line.npos);
+    if (answer_.text.size() > maxreply) return fail("the answer is too long");
+    if (!more) report(std::exchange(answer_, {}));
+}
+
+void SMTP::report(const reply& answer) {
+    if (!then_) return quitting_ ? close() : fail("an answer came without a command");
+    if (!producer_fifo.empty() && answer.code < 400) return fail("an answer came before the command");
+    if (awaiting_354_ && answer.code == 354 && ac_in_buffer().empty()) return send_message();
+    const bool broken_off = answer.code == 421 || !producer_fifo.empty();   // no more of this message then
+    if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
+    if (--replies_left_ > 0 && !broken_off) return;
+    if (!ac_in_buffer().empty() && !broken_off) return fail("there are more answers than commands");
+    awaiting_354_ = sending_ = false;
+    message_ = {};
+    due_ = asyncore::clock::time_point::max();
+    const handler then = std::exchange(then_, nullptr);
+    const reply decisive = worst_;
+    if (broken_off) close();
+    then(decisive);
+    if (quitting_ && connected && !then_) {
+        due_ = asyncore::clock::now() + wait_.quit;
+        async_chat::push("QUIT\r\n");
+    }
+}
+
+void SMTP::fail(const std::string& why) {
+    why_ = why;
+    close();
+}
+
+void SMTP::close() {
+    async_chat::close();
+    producer_fifo.clear();
+    due_ = asyncore::clock::time_point::max();
+    if (on_close) std::exchange(on_close, nullptr)();
+    if (then_) std::exchange(then_, nullptr)({-1, why_});
+}
+
+void SMTP::handle_write() {
+    async_chat::handle_write();
+    if (!sending_) return;
+    sending_ = !producer_fifo.empty();
+    due_ = asyncore::clock::now() + (sending_ ? wait_.data_block : wait_.data_termination);
+}
+
+void SMTP::handle_close() { connecting ? attempt() : fail("the connection was closed"); }
+
+void SMTP::handle_error() {
+    try {
+        throw;
+    } catch (const std::system_error& error) {
+        why_ = error.what();
+        connecting ? attempt() : close();
+    } catch (...) {
+        async_chat::handle_error();
+    }
+}
+
+asyncore::clock::time_point SMTP::deadline() { return std::min(async_chat::deadline(), due_); }
+
+void SMTP::handle_timeout() {
+    if (due_ > asyncore::clock::now()) return async_chat::handle_timeout();
+    why_ = "no answer in time";
+    connecting ? attempt() : close();
+}
+
+SMTP::refused sendmail(const address& server, const std::string& from_addr, const std::vector<std::string>& to_addrs,
+                       std::string msg, const timeouts& wait) {
+    asyncore::map_type map;
+    SMTP session(&map, wait);
+    reply result;
+    SMTP::refused refused;
+    const auto done = [&](const reply& answer, const SMTP::refused& some) {
+        result = answer;
+        refused = some;
+        session.quit();
+    };
+    session.connect(server, [&](const reply& greeting) {
+        if (greeting.code != 220) return done(greeting, {});
+        session.ehlo_or_helo_if_needed([&](const reply& answer) {
+            if (answer.code != 250) return done(answer, {});
+            session.sendmail(from_addr, to_addrs, std::move(msg), false, done);
+        });
+    });
+    asyncore::loop(30.0, false, &map);
+    if (result.code != 250) throw SMTPResponseException(result);
+    return refused;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// ProxyChannel
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr char not_available[] = "451 Error: the next server is not available";
+
+// Whether an answer is a no that the client can be told as it is.
+bool is_refusal(const reply& answer) { return answer.code >= 400 && answer.code <= 599 && answer.code != 421; }
+
+// What the client is told of the answer to its message.
+std::string final_answer(const reply& answer) {
+    return answer.code == 250 || is_refusal(answer) ? answer.line() : not_available;
+}
+
+}  // namespace
+
+ProxyChannel* message_options::proxy_channel() const {
+    const auto owed = owed_.lock();
+    return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
+}
+
+ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
+                           const options& with)
+    : SMTPChannel(server, std::move(sock), from, with) {}
+
+ProxyChannel::~ProxyChannel() { dismiss_all(); }
+
+PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
+
+void ProxyChannel::dismiss(lane& it) {
+    SMTP* session = std::exchange(it.session, nullptr);
+    if (!session) return;
+    session->forget();
+    session->quit();
+}
+
+void ProxyChannel::dismiss_all() {
+    for (auto& it : lanes_) dismiss(it);
+}
+
+void ProxyChannel::close() {
+    SMTPChannel::close();
+    dismiss_all();
+}
+
+// Connects to a side, as far as the answer to EHLO.
+void ProxyChannel::connect_to(PureProxy::side to, SMTP::handler then) {
+    lane& it = of(to);
+    auto session = proxy().make_session(to);
+    it.session = session.get();
+    it.session->on_close = [&it] { it.session = nullptr; };
+    session->connect(proxy().address_of(to), [this, &it, then](const reply& greeting) {
+        if (greeting.code != 220) {
+            dismiss(it);
+            return then(greeting);
+        }
+        it.session->ehlo_or_helo_if_needed([this, &it, then](const reply& answer) {
+            if (answer.code != 250) dismiss(it);
+            then(answer);
+        });
+    });
+    if (session->_fileno >= 0) _map->own(std::move(session));
+}
+
+// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between.
+void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
+    const auto go_on = [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); };
+    lane& it = of(to);
+    it.stale ? reset(it, go_on) : it.session ? go_on({250, ""}) : connect_to(to, go_on);
+}
+
+// Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
+void ProxyChannel::reset(lane& it, SMTP::handler then) {
+    it.begun = false;
+    it.accepted.clear();
+    if (!std::exchange(it.stale, false) || !it.session) return then({250, ""});
+    it.session->rset([this, &it, then](const reply& answer) {
+        if (answer.code != 250) dismiss(it);
+        then({250, ""});
+    });
+}
+
+void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
+    lane& it = of(to);
+    if (!it.session)   // it was lost while it was reset
+        return connect_to(to, [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
+    std::vector<std::string> with;
+    for (const auto& option : mail_options) {
+        const std::string name = option.substr(0, option.find('='));
+        if (it.session->has_extn(name == "BODY" ? "8BITMIME" : name))
+            with.push_back(option);
+        else if (name == "SMTPUTF8")
+            return then({550, "Error: SMTPUTF8 is not supported by the next server"});
+    }
+    it.stale = true;
+    it.mailfrom = mailfrom;
+    it.session->mail(mailfrom, with, [&it, then](const reply& answer) {
+        it.begun = answer.code == 250;
+        then(answer);
+    });
+}
+
+void ProxyChannel::say_RCPT(PureProxy::side to) {
+    lane& it = of(to);
+    if (!it.session) return answer(refusal(to, {}));
+    it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it](const reply& said) {
+        if (said.code == 250 || said.code == 251) {
+            it.accepted.push_back(rcpttos.back());
+            return answer("250 OK");
+        }
+        rcpttos.pop_back();
+        answer(refusal(to, said));
+    });
+}
+
+// What the client is told of a no. Anything else that is not a yes ends the transaction, and the session.
+std::string ProxyChannel::refusal(PureProxy::side from, const reply& said) {
+    if (is_refusal(said)) return said.line();
+    if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
+    dismiss(of(from));
+    _set_post_data_state();
+    return not_available;
+}
+
+void ProxyChannel::answer_MAIL() {
+    for (auto& it : lanes_) it.begun = false;   // of a transaction before
+    if (!proxy().asks_at_MAIL()) return push("250 OK");
+    pause();
+    begin(PureProxy::side::upstream, [this](const reply& said) {
+        if (said.code == 250) return answer("250 OK");
+        _set_post_data_state();
+        answer(refusal(PureProxy::side::upstream, said));
+    });
+}
+
+void ProxyChannel::answer_RCPT() {
+    const auto to = proxy().route(rcpttos.back());
+    if (proxy().address_of(to).none()) return push("250 OK");
+    pause();
+    if (of(to).begun) return say_RCPT(to);
+    begin(to, [this, to](const reply& said) {
+        if (said.code == 250) return say_RCPT(to);
+        rcpttos.pop_back();
+        answer(refusal(to, said));
+    });
+}
+
+void ProxyChannel::smtp_RSET(argument arg) {
+    if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
+    pause();
+    reset(lanes_[0], [this](const reply&) {
+        reset(lanes_[1], [this](const reply&) {
+            _set_rset_state();
+            answer("250 OK");
+        });
+    });
+}
+
+void ProxyChannel::smtp_DATA(argument arg) {
+    const bool lost =
+        std::any_of(std::begin(lanes_), std::end(lanes_), [](const lane& it) { return it.begun && !it.session; });
+    if (!lost || rcpttos.empty()) return SMTPChannel::smtp_DATA(arg);
+    _set_post_data_state();
+    push(not_available);
+}
+
+// Sends the message on the transaction that is open, when there is one for just these recipients.
+bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
+                         std::string& data, SMTP::handler then) {
+    lane& it = of(to);
+    if (!it.begun || it.mailfrom != sender || it.accepted != recipients) return false;
+    it.begun = false;
+    if (!it.session) {
+        then({});
+        return true;
+    }
+    it.session->data(std::move(data), [this, &it, then](const reply& said) {
+        it.stale = said.code != 250;
+        it.accepted.clear();
+        if (said.code != 250 && !is_refusal(said)) dismiss(it);
+        then(said);
+    });
+    return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// PureProxy
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Adds a line to the end of the header, as Python does: before the first empty line, or after the last one.
+void insert_header(std::string& data, const std::string& header) {
+    std::size_t at = data.find("\n\n");
+    at = data.empty() || data[0] == '\n' ? 0 : at != data.npos ? at + 1 : data.back() == '\n' ? data.size() : data.npos;
+    if (at == data.npos)
+        data += "\n" + header;
+    else
+        data.insert(at, header + "\n");
+}
+
+}  // namespace
+
+PureProxy::~PureProxy() {
+    for (SMTP* session : std::exchange(deliveries_, {})) {
+        session->forget();
+        session->quit();
+    }
+}
+
+std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                      const address& from) {
+    return std::make_unique<ProxyChannel>(*this, std::move(sock), from, settings);
+}
+
+std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
+    auto session = to == side::lists ? std::make_unique<LMTP>(settings.map, settings.upstream)
+                                     : std::make_unique<SMTP>(settings.map, settings.upstream);
+    if (settings.fqdn.find('.') != settings.fqdn.npos) session->local_hostname = settings.fqdn;
+    return session;
+}
+
+const address& PureProxy::address_of(side to) const {
+    return to == side::lists ? settings.mailman_lmtp : _remoteaddr;
+}
+
+std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
+                                                      const std::vector<std::string>& rcpttos, std::string&& data,
+                                                      const message_options& kwargs) {
+    std::string message = std::move(data);
+    insert_header(message, "X-Peer: " + peer_host(peer));
+    relay(side::upstream, mailfrom, rcpttos, std::move(message), kwargs,
+          [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
+    return std::nullopt;
+}
+
+void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+                      const message_options& kwargs, SMTP::handler then) {
+    data += '\n';   // the last line's end, which was half of the end of data
+    ProxyChannel* channel = kwargs.proxy_channel();
+    if (!channel || !channel->relay(to, mailfrom, rcpttos, data, then))
+        deliver(to, mailfrom, rcpttos, std::move(data), std::move(then));
+}
+
+void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+                         SMTP::handler then) {
+    deliver(side::upstream, mailfrom, rcpttos, std::move(data), std::move(then));
+}
+
+void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+                        SMTP::handler then) {
+    auto session = make_session(to);
+    SMTP& it = *session;
+    std::vector<std::string> recipients;
+    for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
+    const auto done = [&it, then](const reply& said) {
+        it.quit();
+        then(said);
+    };
+    deliveries_.insert(&it);
+    it.on_close = [this, &it] { deliveries_.erase(&it); };
+    const auto message = std::make_shared<std::string>(std::move(data));
+    it.connect(address_of(to), [&it, done, mailfrom, recipients, message](const reply& greeting) {
+        if (greeting.code != 220) return done(greeting);
+        it.ehlo_or_helo_if_needed([&it, done, mailfrom, recipients, message](const reply& answer) {
+            if (answer.code != 250) return done(answer);
+            it.sendmail(mailfrom, recipients, std::move(*message), true,
+                        [done](const reply& last, const auto&) { done(last); });
+        });
+    });
+    if (it._fileno >= 0) _map->own(std::move(session));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// MailmanProxy
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// What an address for Mailman 3 consists of: it cuts off a +tag, and a command after the last dash.
+struct list_address {
+    std::string listname, command, tag, domain;
+
+    explicit list_address(const std::string& recipient) {
+        const std::size_t at = std::min(recipient.rfind('@'), recipient.size());
+        const std::string local = recipient.substr(0, at);
+        domain = recipient.substr(std::min(at + 1, recipient.size()));
+        const std::size_t plus = std::min(local.find('+'), local.size());
+        listname = local.substr(0, plus);
+        tag = local.substr(plus);
+        const std::size_t dash = listname.rfind('-');
+        if (dash == listname.npos || dash == 0) return;
+        for (const char* known : {"ADMIN", "BOUNCES", "CONFIRM", "JOIN", "LEAVE", "OWNER", "REQUEST", "SUBSCRIBE",
+                                  "UNSUBSCRIBE"})
+            if (upper(listname.substr(dash + 1)) == known) {
+                command = listname.substr(dash + 1);
+                listname.resize(dash);
+                return;
+            }
+    }
+};
+
+std::string lower(std::string text) {
+    for (char& c : text)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    return text;
+}
+
+// Whether the header has a line of that name.
+bool has_header(std::string_view data, std::string_view name) {
+    for (std::string_view line; !data.empty();) {
+        take_line(data, line);
+        if (line.empty()) return false;
+        if (line.size() > name.size() && line[name.size()] == ':' && upper(line.substr(0, name.size())) == name) return true;
+    }
+    return false;
+}
+
+// The time as RFC 5322 has it, in UTC.
+std::string date_now() {
+    static const char* const days[] = {"Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"};
+    static const char* const months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun",
+                                         "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
+    const std::time_t now = std::time(nullptr);
+    std::tm tm{};
+    ::gmtime_r(&now, &tm);
+    char rest[64];
+    std::snprintf(rest, sizeof rest, "%s, %02d %s %d %02d:%02d:%02d +0000", days[tm.tm_wday], tm.tm_mday,
+                  months[tm.tm_mon], tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
+    return rest;
+}
+
+}  // namespace
+
+bool MailmanProxy::list_exists(const std::string& listname, const std::string& domain) const {
+    const auto harmless = [](const std::string& part) {
+        return !part.empty() && part[0] != '.' && part.find('/') == part.npos && part.find('\0') == part.npos;
+    };
+    if (!harmless(listname) || !harmless(domain)) return false;
+    struct stat status {};
+    const std::string folder = settings.mailman_lists + "/" + listname + "." + domain;
+    return ::stat(folder.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+PureProxy::side MailmanProxy::route(const std::string& recipient) const {
+    const list_address parts(lower(recipient));
+    return list_exists(parts.listname, parts.domain) ? side::lists : side::upstream;
+}
+
+// Mailman 3 takes what goes to -admin for bounces: its administrators are -owner.
+std::string MailmanProxy::address_for(side to, const std::string& recipient) const {
+    const list_address parts(recipient);
+    if (to != side::lists || lower(parts.command) != "admin") return recipient;
+    return parts.listname + "-owner" + parts.tag + "@" + parts.domain;
+}
+
+void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients,
+                           std::string message, const message_options& kwargs, SMTP::handler then) {
+    relay(side::lists, mailfrom, recipients, std::move(message), kwargs, std::move(then));
+}
+
+std::optional<std::string> MailmanProxy::process_message(const address&, const std::string& mailfrom,
+                                                         const std::vector<std::string>& rcpttos, std::string&& data,
+                                                         const message_options& kwargs) {
+    std::vector<std::string> listrcpts, rest;
+    for (const auto& recipient : rcpttos) (route(recipient) == side::lists ? listrcpts : rest).push_back(recipient);
+    const SMTP::handler finish = [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); };
+    SMTP::handler then = finish;
+    if (!listrcpts.empty()) {
+        std::string message = data;
+        if (!has_header(message, "FROM")) insert_header(message, "From: " + mailfrom);
+        if (!has_header(message, "DATE")) insert_header(message, "Date: " + date_now());
+        then = [this, mailfrom, listrcpts, message, kwargs, finish](const reply& said) {
+            said.code == 250 ? enqueue(mailfrom, listrcpts, message, kwargs, finish) : finish(said);
+        };
+    }
+    if (rest.empty())
+        then({250, ""});
+    else
+        relay(side::upstream, mailfrom, rest, std::move(data), kwargs, then);
+    return std::nullopt;
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // The command line's classes
 // ---------------------------------------------------------------------------------------------------------
 
@@ -1127,6 +1873,8 @@ const std::map<std::string, server_factory>& server_class::all() {
     auto& classes = known_classes();
     classes.emplace("SMTPServer", make_server<SMTPServer>());
     classes.emplace("DebuggingServer", make_server<DebuggingServer>());
+    classes.emplace("PureProxy", make_server<PureProxy>());
+    classes.emplace("MailmanProxy", make_server<MailmanProxy>());
     return classes;
 }
 

@@ -23,6 +23,7 @@
 
 #include <functional>
 #include <map>
+#include <set>
 
 #include "asyncore.hpp"
 
@@ -30,6 +31,8 @@ namespace smtpd {
 
 class SMTPChannel;
 class SMTPServer;
+class PureProxy;
+class ProxyChannel;
 
 // The banner's text; the number is this project's. smtpd.py: __version__
 inline constexpr std::string_view version = "C++ SMTP proxy version 1.0.0";
@@ -40,6 +43,17 @@ inline constexpr std::size_t DATA_SIZE_DEFAULT = 33554432;   // bytes. smtpd.py:
 // DEBUGSTREAM.rdbuf(std::cerr.rdbuf()). smtpd.py: DEBUGSTREAM
 std::ostream& default_debugstream();
 inline std::ostream& DEBUGSTREAM = default_debugstream();
+
+// How long a client waits for a server: RFC 5321, 4.5.3.2, and what it leaves open.
+struct timeouts {
+    std::chrono::milliseconds connect{30000};             // for each address that a name stands for
+    std::chrono::milliseconds greeting{300000};
+    std::chrono::milliseconds command{300000};            // EHLO, MAIL, RCPT, RSET
+    std::chrono::milliseconds data_initiation{120000};    // the answer to DATA
+    std::chrono::milliseconds data_block{180000};         // any progress while the message is sent
+    std::chrono::milliseconds data_termination{600000};   // the answer to the message
+    std::chrono::milliseconds quit{5000};
+};
 
 // What a server is made with. A timeout or a limit of 0 means none.
 struct options {
@@ -53,6 +67,9 @@ struct options {
     std::chrono::milliseconds idle_timeout{300000};    // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
     std::size_t rcpt_limit = 1000;                     // recipients of a message; then 452
     std::size_t reply_queue_limit = 1 << 20;           // bytes of replies that wait; then input waits too
+    timeouts upstream;                                 // PureProxy, MailmanProxy: for the servers they send to
+    std::string mailman_lists = "/var/lib/mailman3/lists";   // MailmanProxy: one folder a list, NAME.DOMAIN
+    asyncore::address mailman_lmtp{"127.0.0.1", 8024};       // MailmanProxy: where Mailman 3 takes messages
 };
 
 // The answer to a message, given later. Copies are the same answer; the first one given counts. When the last
@@ -83,6 +100,8 @@ struct message_options {
 
   private:
     friend class SMTPChannel;
+    friend class PureProxy;
+    ProxyChannel* proxy_channel() const;   // the channel, when it relays as it goes; or null
     std::weak_ptr<deferred_reply::owed> owed_;
 };
 
@@ -178,7 +197,9 @@ class SMTPChannel : public asynchat::async_chat {
   private:
     friend class SMTPServer;
     friend class deferred_reply;
+    friend struct message_options;
     friend struct deferred_reply::owed;
+    virtual ProxyChannel* proxy_channel() { return nullptr; }
     void handle_command(std::string_view line, std::size_t size);
     void handle_message(std::string&& line, std::size_t size);
     std::string syntax(std::string_view verb) const;
@@ -205,6 +226,9 @@ class SMTPServer : public asyncore::dispatcher {
     SMTPServer(const asyncore::address& localaddr, const asyncore::address& remoteaddr, const options& with = {});
     ~SMTPServer() override;   // closes the channels
     std::string class_name() const override { return "smtpd.SMTPServer"; }
+
+    // Whether it passes on mail to wherever it is addressed, for whoever connects.
+    virtual bool relays() const { return false; }
 
     // Makes the channel of a client: override it to use one of your own. smtpd.py: SMTPServer.channel_class
     virtual std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
@@ -250,6 +274,248 @@ class DebuggingServer : public SMTPServer {
   protected:
     // smtpd.py: DebuggingServer._print_message_content
     void _print_message_content(const asyncore::address& peer, std::string_view data, std::ostream& out) const;
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// The client's side
+// ---------------------------------------------------------------------------------------------------------
+
+// What a server has answered. 250 "OK"; -1: nothing that makes sense, and `text` says why.
+struct reply {
+    int code = -1;
+    std::string text;   // without the code; several lines are joined by \n
+
+    std::string line() const;   // as it is sent: "250 OK"; a line each with its code when there are several
+};
+
+// A session with a server, from the client's side, in the same loop as everything else. One command at a time:
+// each method sends one and gives its answer to `then`, once, also when the connection is lost (code -1, or
+// 421; the session is closed then). Give it to its map once it has begun to connect:
+//
+//     auto session = std::make_unique<smtpd::SMTP>();
+//     session->connect({"mail.example", 25}, [](const smtpd::reply& greeting) { ... });
+//     if (session->_fileno >= 0) asyncore::socket_map.own(std::move(session));
+//
+// smtplib.py: SMTP
+class SMTP : public asynchat::async_chat {
+  public:
+    using handler = std::function<void(const reply&)>;
+    using refused = std::map<std::string, reply>;   // recipient -> why
+
+    std::string local_hostname;                           // for EHLO; "": this side's address, as in [127.0.0.1]
+    bool does_esmtp = false;                              // EHLO was accepted
+    std::map<std::string, std::string> esmtp_features;    // what it offered: "SIZE" -> "33554432"
+    std::size_t maxline = 8192, maxreply = 65536;         // bytes; what is longer makes no sense
+    std::function<void()> on_close;                       // called when the session ends, for whatever reason
+
+    explicit SMTP(asyncore::map_type* map = nullptr, const timeouts& wait = {});
+    ~SMTP() override;
+    std::string class_name() const override { return "smtpd.SMTP"; }
+
+    // Connects and waits for the greeting: anything but 220 is a refusal. A name may block while it is resolved
+    // (POSIX has nothing better); when an address does not answer, the next one is tried. An error that is known
+    // at once is reported at once. smtplib.py: SMTP.connect
+    void connect(const asyncore::address& server, handler then);
+    using async_chat::connect;
+
+    void docmd(const std::string& cmd, handler then);   // smtplib.py: SMTP.docmd
+    void ehlo(handler then);                            // smtplib.py: SMTP.ehlo
+    void helo(handler then);                            // smtplib.py: SMTP.helo
+    void ehlo_or_helo_if_needed(handler then);          // smtplib.py: SMTP.ehlo_or_helo_if_needed
+    bool has_extn(const std::string& name) const { return esmtp_features.count(name) > 0; }   // smtplib.py: SMTP.has_extn
+    // The options are sent as they are, as in {"SIZE=1000", "BODY=8BITMIME"}. smtplib.py: SMTP.mail
+    void mail(const std::string& sender, const std::vector<std::string>& with, handler then);
+    void rcpt(const std::string& recipient, handler then);   // smtplib.py: SMTP.rcpt
+    // Sends DATA and the message: every line end becomes CR LF, dots are doubled, a last line end is added when it
+    // is missing. The answer is the last one, or that to DATA when it is not 354. smtplib.py: SMTP.data
+    void data(std::string msg, handler then);
+    void rset(handler then);   // smtplib.py: SMTP.rset
+    void quit();               // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
+    // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
+    // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
+    // stopped it. smtplib.py: SMTP.sendmail
+    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg, bool all,
+                  std::function<void(const reply&, const refused&)> then);
+
+    // Calls nobody any more.
+    void forget();
+
+    void collect_incoming_data(std::string_view data) override;
+    void found_terminator() override;
+    void handle_connect() override;
+    void handle_write() override;
+    void handle_close() override;
+    void handle_error() override;
+    asyncore::clock::time_point deadline() override;
+    void handle_timeout() override;
+    void close() override;
+
+  protected:
+    virtual std::string ehlo_msg() const { return "EHLO"; }
+    // How many answers follow a message that `recipients` were accepted for.
+    virtual std::size_t data_replies(std::size_t /*recipients*/) const { return 1; }
+
+  private:
+    struct mailing;
+    void attempt();
+    void expect(handler then, std::chrono::milliseconds wait);
+    void report(const reply& answer);
+    void fail(const std::string& why);
+    void send_message();
+    std::string own_name() const;
+
+    timeouts wait_;
+    handler then_;                                // who waits for the answer
+    asyncore::clock::time_point due_ = asyncore::clock::time_point::max();
+    std::vector<asyncore::address> candidates_;   // addresses not tried yet
+    std::string line_, why_;
+    reply answer_, worst_;
+    std::string message_;
+    bool quitting_ = false, awaiting_354_ = false, sending_ = false;
+    std::size_t accepted_ = 0;                    // recipients of this transaction
+    std::size_t replies_left_ = 1;                // that the command under way will bring
+};
+
+// The same with LHLO, and an answer for each recipient after the message: the worst of them is reported
+// (RFC 2033). smtplib.py: LMTP
+class LMTP : public SMTP {
+  public:
+    using SMTP::SMTP;
+    std::string class_name() const override { return "smtpd.LMTP"; }
+
+  protected:
+    std::string ehlo_msg() const override { return "LHLO"; }
+    std::size_t data_replies(std::size_t recipients) const override { return recipients; }
+};
+
+// Thrown by sendmail() when no recipient got the message. smtplib.py: SMTPResponseException
+class SMTPResponseException : public std::runtime_error {
+  public:
+    reply answer;
+    explicit SMTPResponseException(const reply& why) : std::runtime_error(why.line()), answer(why) {}
+};
+
+// Sends one message and waits until it is done, in a loop of its own: for small programs. Returns the recipients
+// that were refused while others got it. smtplib.py: SMTP.sendmail
+SMTP::refused sendmail(const asyncore::address& server, const std::string& from_addr,
+                       const std::vector<std::string>& to_addrs, std::string msg, const timeouts& wait = {});
+
+// ---------------------------------------------------------------------------------------------------------
+// The proxies
+// ---------------------------------------------------------------------------------------------------------
+
+// Passes each message on to `remoteaddr`, and each answer back: MAIL and RCPT as they come (250 OK for a yes,
+// the server's own words for a no), and the answer to the message. A server that is lost or makes no sense is
+// 451 for the client, and the transaction is over. Anybody who may connect can send anywhere: mind where it
+// listens. smtpd.py: PureProxy
+class PureProxy : public SMTPServer {
+  public:
+    using SMTPServer::SMTPServer;
+    ~PureProxy() override;
+    std::string class_name() const override { return "smtpd.PureProxy"; }
+    bool relays() const override { return true; }
+    std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
+                                               const asyncore::address& addr) override;
+
+    // Inserts X-Peer and sends the message on. To filter, override it, and call this one for what shall pass; a
+    // changed sender or recipients are fine: the message then goes by _deliver(). smtpd.py: PureProxy.process_message
+    std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
+                                               const std::vector<std::string>& rcpttos, std::string&& data,
+                                               const message_options& kwargs) override;
+
+    // Sends a whole message by a connection of its own, to all of the recipients or to none; `then` gets the
+    // answer. smtpd.py: PureProxy._deliver
+    void _deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+                  SMTP::handler then);
+
+  protected:
+    friend class ProxyChannel;
+    // Where a recipient's mail goes: two servers, of which PureProxy has one.
+    enum class side { upstream, lists };
+    virtual side route(const std::string& /*recipient*/) const { return side::upstream; }
+    // The name by which that side knows the recipient.
+    virtual std::string address_for(side /*to*/, const std::string& recipient) const { return recipient; }
+    // MAIL is answered by upstream; otherwise with 250, and a side is asked when it gets a recipient.
+    virtual bool asks_at_MAIL() const { return true; }
+    // Sends the message on the transaction that the client's channel has open there, or by a connection of its own
+    // when a subclass has changed the envelope. `then` gets the answer.
+    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+               const message_options& kwargs, SMTP::handler then);
+
+  private:
+    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+                 SMTP::handler then);
+    std::unique_ptr<SMTP> make_session(side to) const;
+    const asyncore::address& address_of(side to) const;
+
+    std::set<SMTP*> deliveries_;   // sessions of deliver()
+};
+
+// The channel of a proxy: it holds a transaction with each side while its client holds one with us.
+class ProxyChannel : public SMTPChannel {
+  public:
+    ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr,
+                 const options& with);
+    ~ProxyChannel() override;
+    std::string class_name() const override { return "smtpd.ProxyChannel"; }
+    void smtp_RSET(argument arg) override;
+    void smtp_DATA(argument arg) override;
+    void close() override;
+
+  protected:
+    void answer_MAIL() override;
+    void answer_RCPT() override;
+
+  private:
+    friend class PureProxy;
+    // What one side has been told.
+    struct lane {
+        SMTP* session = nullptr;             // owned by the map
+        bool begun = false;                  // it has accepted MAIL
+        bool stale = false;                  // it may know of a transaction: RSET before the next one
+        std::string mailfrom;                // as it was told
+        std::vector<std::string> accepted;   // recipients that it has accepted, as the client calls them
+    };
+    ProxyChannel* proxy_channel() override { return this; }
+    PureProxy& proxy() const;
+    lane& of(PureProxy::side side) { return lanes_[static_cast<std::size_t>(side)]; }
+    void connect_to(PureProxy::side to, SMTP::handler then);
+    void begin(PureProxy::side to, SMTP::handler then);
+    void reset(lane& it, SMTP::handler then);
+    void say_MAIL(PureProxy::side to, SMTP::handler then);
+    void say_RCPT(PureProxy::side to);
+    bool relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
+               std::string& data, SMTP::handler then);
+    std::string refusal(PureProxy::side from, const reply& said);
+    void dismiss(lane& it);
+    void dismiss_all();
+
+    lane lanes_[2];   // by side
+};
+
+// A proxy in front of Mailman 3: what is addressed to one of its lists goes to Mailman by LMTP, the rest
+// upstream, without X-Peer. A list is NAME@DOMAIN, and NAME-owner, -request, -join, -leave and so on. Upstream
+// gets its copy first: when Mailman then fails, the client is told so and sends both again, and upstream has the
+// message twice. smtpd.py: MailmanProxy
+class MailmanProxy : public PureProxy {
+  public:
+    using PureProxy::PureProxy;
+    std::string class_name() const override { return "smtpd.MailmanProxy"; }
+    std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
+                                               const std::vector<std::string>& rcpttos, std::string&& data,
+                                               const message_options& kwargs) override;   // smtpd.py: MailmanProxy.process_message
+
+    // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists.
+    virtual bool list_exists(const std::string& listname, const std::string& domain) const;
+    // Gives Mailman the message for its recipients, and `then` the answer. Here: by LMTP. Without a
+    // settings.mailman_lmtp the recipients are accepted because list_exists() says so, and this is to be overridden.
+    virtual void enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
+                         const message_options& kwargs, SMTP::handler then);
+
+  protected:
+    side route(const std::string& recipient) const override;
+    std::string address_for(side to, const std::string& recipient) const override;
+    bool asks_at_MAIL() const override { return false; }
 };
 
 // ---------------------------------------------------------------------------------------------------------
