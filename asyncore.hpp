@@ -114,6 +114,7 @@ class socket_type {
     virtual std::size_t recv(char* buffer, std::size_t size, int flags = 0);   // 0: end of input
     virtual std::size_t send(std::string_view data, int flags = 0);
     virtual int getsockopt(int level, int option) const;
+    // asyncore.py: file_wrapper.close, file_wrapper.fileno
     virtual void close();   // a second close does nothing
     virtual int fileno() const noexcept { return fd_; }
 
@@ -182,8 +183,9 @@ class map_type {
     std::size_t buffer_size_ = 0;
 };
 
-// The map used when none is given. asyncore.py: socket_map
+// The map used when none is given: it exists before the first object that needs it, whatever the link order.
 map_type& default_socket_map();
+// asyncore.py: socket_map
 inline map_type& socket_map = default_socket_map();
 
 // ---------------------------------------------------------------------------------------------------------
@@ -191,10 +193,14 @@ inline map_type& socket_map = default_socket_map();
 // ---------------------------------------------------------------------------------------------------------
 
 // One event, delivered to one object. What the handler throws goes to its handle_error(), but ExitNow passes.
-void read(dispatcher& obj);                    // asyncore.py: read
-void write(dispatcher& obj);                   // asyncore.py: write
-void _exception(dispatcher& obj);              // asyncore.py: _exception
-void readwrite(dispatcher& obj, short flags);  // asyncore.py: readwrite
+// asyncore.py: read
+void read(dispatcher& obj);
+// asyncore.py: write
+void write(dispatcher& obj);
+// asyncore.py: _exception
+void _exception(dispatcher& obj);
+// asyncore.py: readwrite
+void readwrite(dispatcher& obj, short flags);
 
 // One pass: wait at most `timeout` seconds (none: for ever) for events, deliver them, then the timeouts that
 // are due. An empty map returns at once. `poll` uses select() and hands over to `poll2` when a descriptor is
@@ -218,6 +224,8 @@ void close_all(map_type* map = nullptr, bool ignore_all = false);
 // A socket and the handlers of its events. asyncore.py: dispatcher
 class dispatcher {
   public:
+    // asyncore.py: dispatcher.debug, dispatcher.connected, dispatcher.accepting, dispatcher.connecting
+    // asyncore.py: dispatcher.closing, dispatcher.addr, dispatcher.ignore_log_types
     bool debug = false;
     bool connected = false;
     bool accepting = false;
@@ -235,55 +243,80 @@ class dispatcher {
     dispatcher& operator=(const dispatcher&) = delete;
 
     // <asyncore.dispatcher connected 127.0.0.1:1025 at 0x...>; the name comes from class_name().
-    std::string repr() const;   // asyncore.py: dispatcher.__repr__
+    // asyncore.py: dispatcher.__repr__
+    std::string repr() const;
     virtual std::string class_name() const { return "asyncore.dispatcher"; }
 
-    virtual void add_channel(map_type* map = nullptr);   // asyncore.py: dispatcher.add_channel
-    virtual void del_channel(map_type* map = nullptr);   // asyncore.py: dispatcher.del_channel
-    void create_socket(int family = AF_INET, int type = SOCK_STREAM);   // asyncore.py: dispatcher.create_socket
-    void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);   // asyncore.py: dispatcher.set_socket
-    void set_reuse_addr();   // asyncore.py: dispatcher.set_reuse_addr
+    // asyncore.py: dispatcher.add_channel
+    virtual void add_channel(map_type* map = nullptr);
+    // asyncore.py: dispatcher.del_channel
+    virtual void del_channel(map_type* map = nullptr);
+    // asyncore.py: dispatcher.create_socket
+    void create_socket(int family = AF_INET, int type = SOCK_STREAM);
+    // asyncore.py: dispatcher.set_socket
+    void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);
+    // asyncore.py: dispatcher.set_reuse_addr
+    void set_reuse_addr();
 
     // Asked before each wait: is a read, or a write event wanted? What they throw leaves the loop.
-    virtual bool readable() { return true; }   // asyncore.py: dispatcher.readable
-    virtual bool writable() { return true; }   // asyncore.py: dispatcher.writable
+    // asyncore.py: dispatcher.readable
+    virtual bool readable() { return true; }
+    // asyncore.py: dispatcher.writable
+    virtual bool writable() { return true; }
 
     // When handle_timeout() is due; time_point::max(): never. Asked before each wait. Not in Python.
     virtual clock::time_point deadline() { return clock::time_point::max(); }
 
-    virtual void listen(int num);                // asyncore.py: dispatcher.listen
-    virtual void bind(const address& addr);      // asyncore.py: dispatcher.bind
-    virtual void connect(const address& addr);   // asyncore.py: dispatcher.connect
+    // asyncore.py: dispatcher.listen
+    virtual void listen(int num);
+    // asyncore.py: dispatcher.bind
+    virtual void bind(const address& addr);
+    // asyncore.py: dispatcher.connect
+    virtual void connect(const address& addr);
     // Nothing when nobody waits, or the one who did has gone. asyncore.py: dispatcher.accept
     virtual std::optional<std::pair<std::unique_ptr<socket_type>, address>> accept();
     // The bytes that were taken; 0 when none were. asyncore.py: dispatcher.send
     virtual std::size_t send(std::string_view data);
     // "" after the end of input, handle_close() then has been called. Throws EAGAIN when there is nothing yet.
-    std::string recv(std::size_t buffer_size);   // asyncore.py: dispatcher.recv
+    // asyncore.py: dispatcher.recv
+    std::string recv(std::size_t buffer_size);
     // The same into a buffer of the caller's (Python's socket.recv_into): override this one to filter input.
     virtual std::size_t recv_into(char* buffer, std::size_t size);
     // Closes the socket and leaves the map; allocates nothing; twice is harmless. asyncore.py: dispatcher.close
     virtual void close();
 
-    virtual void log(std::string_view message);   // to stderr. asyncore.py: dispatcher.log
+    // to stderr. asyncore.py: dispatcher.log
+    virtual void log(std::string_view message);
     // To stdout, unless the type is one of ignore_log_types. asyncore.py: dispatcher.log_info
     virtual void log_info(std::string_view message, std::string_view type = "info");
 
     // What the loop calls.
-    virtual void handle_read_event();      // asyncore.py: dispatcher.handle_read_event
-    virtual void handle_connect_event();   // asyncore.py: dispatcher.handle_connect_event
-    virtual void handle_write_event();     // asyncore.py: dispatcher.handle_write_event
-    virtual void handle_expt_event();      // asyncore.py: dispatcher.handle_expt_event
+    // asyncore.py: dispatcher.handle_read_event
+    virtual void handle_read_event();
+    // asyncore.py: dispatcher.handle_connect_event
+    virtual void handle_connect_event();
+    // asyncore.py: dispatcher.handle_write_event
+    virtual void handle_write_event();
+    // asyncore.py: dispatcher.handle_expt_event
+    virtual void handle_expt_event();
 
     // What a subclass overrides. handle_error() finds what was thrown in std::current_exception().
-    virtual void handle_error();     // logs, then handle_close(). asyncore.py: dispatcher.handle_error
-    virtual void handle_expt();      // asyncore.py: dispatcher.handle_expt
-    virtual void handle_read();      // asyncore.py: dispatcher.handle_read
-    virtual void handle_write();     // asyncore.py: dispatcher.handle_write
-    virtual void handle_connect();   // asyncore.py: dispatcher.handle_connect
-    virtual void handle_accept();    // accept() -> handle_accepted(). asyncore.py: dispatcher.handle_accept
-    virtual void handle_accepted(std::unique_ptr<socket_type> sock, const address& addr);   // asyncore.py: dispatcher.handle_accepted
-    virtual void handle_close();     // asyncore.py: dispatcher.handle_close
+    // logs, then handle_close(). asyncore.py: dispatcher.handle_error
+    virtual void handle_error();
+    // asyncore.py: dispatcher.handle_expt
+    virtual void handle_expt();
+    // asyncore.py: dispatcher.handle_read
+    virtual void handle_read();
+    // asyncore.py: dispatcher.handle_write
+    virtual void handle_write();
+    // asyncore.py: dispatcher.handle_connect
+    virtual void handle_connect();
+    // accept() -> handle_accepted(). asyncore.py: dispatcher.handle_accept
+    virtual void handle_accept();
+    // asyncore.py: dispatcher.handle_accepted
+    virtual void handle_accepted(std::unique_ptr<socket_type> sock, const address& addr);
+    // asyncore.py: dispatcher.handle_close
+    virtual void handle_close();
     virtual void handle_timeout();   // deadline() has passed: closes, unless overridden. Not in Python.
 
     int _fileno = -1;
@@ -306,18 +339,25 @@ class dispatcher_with_send : public dispatcher {
 
     using dispatcher::dispatcher;
     std::string class_name() const override { return "asyncore.dispatcher_with_send"; }
-    void initiate_send();                             // asyncore.py: dispatcher_with_send.initiate_send
-    void handle_write() override;                     // asyncore.py: dispatcher_with_send.handle_write
-    bool writable() override;                         // asyncore.py: dispatcher_with_send.writable
-    std::size_t send(std::string_view data) override; // takes all of it. asyncore.py: dispatcher_with_send.send
+    // asyncore.py: dispatcher_with_send.initiate_send
+    void initiate_send();
+    // asyncore.py: dispatcher_with_send.handle_write
+    void handle_write() override;
+    // asyncore.py: dispatcher_with_send.writable
+    bool writable() override;
+    // takes all of it. asyncore.py: dispatcher_with_send.send
+    std::size_t send(std::string_view data) override;
 };
 
 // A file, pipe or terminal with a socket's face; the descriptor given is duplicated. asyncore.py: file_wrapper
 class file_wrapper : public socket_type {
   public:
     explicit file_wrapper(int fd);
-    std::size_t recv(char* buffer, std::size_t size, int flags = 0) override;   // asyncore.py: file_wrapper.recv
-    std::size_t send(std::string_view data, int flags = 0) override;            // asyncore.py: file_wrapper.send
+    // asyncore.py: file_wrapper.recv
+    std::size_t recv(char* buffer, std::size_t size, int flags = 0) override;
+    // asyncore.py: file_wrapper.send
+    std::size_t send(std::string_view data, int flags = 0) override;
+    // asyncore.py: file_wrapper.read, file_wrapper.write
     std::size_t read(char* buffer, std::size_t size) { return recv(buffer, size); }
     std::size_t write(std::string_view data) { return send(data); }
     // SO_ERROR is 0; anything else is NotImplementedError. asyncore.py: file_wrapper.getsockopt
@@ -329,7 +369,8 @@ class file_dispatcher : public dispatcher {
   public:
     explicit file_dispatcher(int fd, map_type* map = nullptr);
     std::string class_name() const override { return "asyncore.file_dispatcher"; }
-    void set_file(int fd);   // asyncore.py: file_dispatcher.set_file
+    // asyncore.py: file_dispatcher.set_file
+    void set_file(int fd);
 };
 
 // The loop's one receive buffer, lent for a while; a nested pass gets another.
@@ -366,7 +407,8 @@ class producer {
 class simple_producer : public producer {
   public:
     explicit simple_producer(std::string data, std::size_t buffer_size = 512);
-    std::string more() override;   // asynchat.py: simple_producer.more
+    // asynchat.py: simple_producer.more
+    std::string more() override;
 
   private:
     std::string data_;
@@ -387,6 +429,7 @@ class async_chat : public asyncore::dispatcher {
     struct close_mark {};
     using fifo_item = std::variant<std::string, std::unique_ptr<producer>, close_mark>;
 
+    // asynchat.py: async_chat.ac_in_buffer_size, async_chat.ac_out_buffer_size
     std::size_t ac_in_buffer_size = 65536;    // bytes asked of one recv()
     std::size_t ac_out_buffer_size = 65536;   // bytes given to one send()
     std::string incoming;                     // see _collect_incoming_data()
@@ -395,35 +438,51 @@ class async_chat : public asyncore::dispatcher {
     explicit async_chat(std::unique_ptr<asyncore::socket_type> sock = nullptr, asyncore::map_type* map = nullptr);
     std::string class_name() const override { return "asynchat.async_chat"; }
 
-    virtual void collect_incoming_data(std::string_view data);   // asynchat.py: async_chat.collect_incoming_data
-    void _collect_incoming_data(std::string_view data);          // asynchat.py: async_chat._collect_incoming_data
-    std::string _get_data();                                     // asynchat.py: async_chat._get_data
-    virtual void found_terminator();                             // asynchat.py: async_chat.found_terminator
+    // asynchat.py: async_chat.collect_incoming_data
+    virtual void collect_incoming_data(std::string_view data);
+    // asynchat.py: async_chat._collect_incoming_data
+    void _collect_incoming_data(std::string_view data);
+    // asynchat.py: async_chat._get_data
+    std::string _get_data();
+    // asynchat.py: async_chat.found_terminator
+    virtual void found_terminator();
 
     // A number is used up as it is met: then 0, no terminator. Negative: std::invalid_argument.
-    void set_terminator(std::string_view term);   // asynchat.py: async_chat.set_terminator
+    // asynchat.py: async_chat.set_terminator
+    void set_terminator(std::string_view term);
     void set_terminator(std::ptrdiff_t count);
     void set_terminator(std::nullopt_t none);
-    const terminator& get_terminator() const { return terminator_; }   // asynchat.py: async_chat.get_terminator
+    // asynchat.py: async_chat.get_terminator
+    const terminator& get_terminator() const { return terminator_; }
 
-    void handle_read() override;    // asynchat.py: async_chat.handle_read
-    void handle_write() override;   // asynchat.py: async_chat.handle_write
-    void handle_close() override;   // asynchat.py: async_chat.handle_close
+    // asynchat.py: async_chat.handle_read
+    void handle_read() override;
+    // asynchat.py: async_chat.handle_write
+    void handle_write() override;
+    // asynchat.py: async_chat.handle_close
+    void handle_close() override;
     void handle_expt() override;    // takes the urgent byte away, or it would be announced for ever
     asyncore::clock::time_point deadline() override;
     void handle_timeout() override;
 
     // Output is sent at once, as far as it goes; inside a read event, when the event is done: one send() for
     // all of it.
-    virtual void push(std::string_view data);                    // asynchat.py: async_chat.push
-    void push_with_producer(std::unique_ptr<producer> source);   // asynchat.py: async_chat.push_with_producer
-    bool readable() override;                                    // asynchat.py: async_chat.readable
-    bool writable() override;                                    // asynchat.py: async_chat.writable
-    void close_when_done();                                      // asynchat.py: async_chat.close_when_done
-    void initiate_send();                                        // asynchat.py: async_chat.initiate_send
-    void discard_buffers();                                      // asynchat.py: async_chat.discard_buffers
+    // asynchat.py: async_chat.push
+    virtual void push(std::string_view data);
+    // asynchat.py: async_chat.push_with_producer
+    void push_with_producer(std::unique_ptr<producer> source);
+    // asynchat.py: async_chat.readable
+    bool readable() override;
+    // asynchat.py: async_chat.writable
+    bool writable() override;
+    // asynchat.py: async_chat.close_when_done
+    void close_when_done();
+    // asynchat.py: async_chat.initiate_send
+    void initiate_send();
+    // asynchat.py: async_chat.discard_buffers
+    void discard_buffers();
 
-    // What has been received and not been looked at yet. asynchat.py: ac_in_buffer
+    // What has been received and not been looked at yet (Python: an attribute).
     std::string_view ac_in_buffer() const { return input_; }
     // The bytes of output that wait, producers aside.
     std::size_t queued() const { return queued_; }

@@ -18,7 +18,8 @@
 
 namespace {
 
-std::string program;   // smtpd.py: program
+// smtpd.py: program
+std::string program;
 
 constexpr char doc[] = R"(An SMTP server (RFC 5321), with SIZE, 8BITMIME and SMTPUTF8.
 
@@ -81,6 +82,7 @@ Version: %version%
 
 // smtpd.py: Options
 struct Options {
+    // smtpd.py: Options.setuid, Options.classname
     bool setuid = true;
     std::string classname = "PureProxy";
     smtpd::options with;   // size_limit and enable_SMTPUTF8 among them

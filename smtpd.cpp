@@ -97,13 +97,14 @@ std::string_view strip(std::string_view text) {
     return text;
 }
 
+// The words between blanks and tabs.
 std::vector<std::string> split(std::string_view text) {
     std::vector<std::string> words;
-    for (text = lstrip(text); !text.empty(); text = lstrip(text)) {
-        std::size_t end = 0;
-        while (end < text.size() && space_length(text.substr(end)) == 0) ++end;
-        words.emplace_back(text.substr(0, end));
-        text.remove_prefix(end);
+    for (std::size_t end = 0; end < text.size();) {
+        const std::size_t begin = text.find_first_not_of(" \t", end);
+        if (begin == text.npos) break;
+        end = std::min(text.find_first_of(" \t", begin), text.size());
+        words.emplace_back(text.substr(begin, end - begin));
     }
     return words;
 }
@@ -188,7 +189,6 @@ std::string address_parser::get_ptext(std::string_view ends) {
 std::string address_parser::get_bare_quoted_string() {
     skip();   // the quote
     std::string result;
-    const bool empty = text.empty();
     while (!text.empty() && text[0] != '"') {
         if (in(text[0], WSP)) {
             const auto before = text;
@@ -198,7 +198,6 @@ std::string address_parser::get_bare_quoted_string() {
             result += get_ptext("\"");
         }
     }
-    if (empty) throw IndexError();   // a lone quote: looking at its first item fails
     if (!text.empty()) skip();
     return result;
 }
@@ -279,6 +278,7 @@ std::string address_parser::get_local_part() {
         text = after_cfws;
         try {
             result = get_word().value;
+            if (after_cfws == "\"") throw IndexError();   // Python looks at the first item of nothing
         } catch (const HeaderParseError&) {
             text = after_cfws;
             if (text[0] != '\\' && in(text[0], PHRASE_ENDS)) throw;

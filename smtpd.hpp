@@ -37,11 +37,13 @@ class ProxyChannel;
 // The banner's text; the number is this project's. smtpd.py: __version__
 inline constexpr std::string_view version = "C++ SMTP proxy version 1.0.0";
 
-inline constexpr std::size_t DATA_SIZE_DEFAULT = 33554432;   // bytes. smtpd.py: DATA_SIZE_DEFAULT
+// bytes. smtpd.py: DATA_SIZE_DEFAULT
+inline constexpr std::size_t DATA_SIZE_DEFAULT = 33554432;
 
 // Where the conversation is told, for -d: silent until it is given a buffer, as in
-// DEBUGSTREAM.rdbuf(std::cerr.rdbuf()). smtpd.py: DEBUGSTREAM
+// DEBUGSTREAM.rdbuf(std::cerr.rdbuf()).
 std::ostream& default_debugstream();
+// smtpd.py: DEBUGSTREAM
 inline std::ostream& DEBUGSTREAM = default_debugstream();
 
 // How long a client waits for a server: RFC 5321, 4.5.3.2, and what it leaves open.
@@ -108,6 +110,7 @@ struct message_options {
 // One client's conversation. smtpd.py: SMTPChannel
 class SMTPChannel : public asynchat::async_chat {
   public:
+    // smtpd.py: SMTPChannel.COMMAND, SMTPChannel.DATA
     enum state { COMMAND = 0, DATA = 1 };
     using argument = std::optional<std::string_view>;   // what follows the verb; None when there is no space
     using command = void (SMTPChannel::*)(argument);
@@ -130,9 +133,11 @@ class SMTPChannel : public asynchat::async_chat {
     std::string fqdn;
     asyncore::address peer;
 
+    // smtpd.py: SMTPChannel.command_size_limit, SMTPChannel.command_size_limits
     std::size_t command_size_limit = 512;                     // bytes of a line, without CR LF
     std::map<std::string, std::size_t> command_size_limits;   // by verb, after EHLO
-    std::size_t max_command_size_limit() const;               // smtpd.py: SMTPChannel.max_command_size_limit
+    // smtpd.py: SMTPChannel.max_command_size_limit
+    std::size_t max_command_size_limit() const;
 
     std::chrono::milliseconds idle_timeout;
     std::size_t rcpt_limit, reply_queue_limit;
@@ -148,25 +153,39 @@ class SMTPChannel : public asynchat::async_chat {
     // Ends the conversation with 421, at once or after the message in hand, no later than `bound`.
     void stop(asyncore::clock::time_point bound);
 
-    void push(std::string_view msg) override;   // a line; CR LF is added. smtpd.py: SMTPChannel.push
-    void collect_incoming_data(std::string_view data) override;   // smtpd.py: SMTPChannel.collect_incoming_data
-    void found_terminator() override;                             // smtpd.py: SMTPChannel.found_terminator
+    // a line; CR LF is added. smtpd.py: SMTPChannel.push
+    void push(std::string_view msg) override;
+    // smtpd.py: SMTPChannel.collect_incoming_data
+    void collect_incoming_data(std::string_view data) override;
+    // smtpd.py: SMTPChannel.found_terminator
+    void found_terminator() override;
 
     // The method of a verb, given in upper case; null: there is none. Override it to add verbs:
     // if (verb == "AUTH") return static_cast<command>(&MyChannel::smtp_AUTH);
     virtual command find_command(std::string_view verb);
 
-    virtual void smtp_HELO(argument arg);   // smtpd.py: SMTPChannel.smtp_HELO
-    virtual void smtp_EHLO(argument arg);   // smtpd.py: SMTPChannel.smtp_EHLO
-    virtual void smtp_NOOP(argument arg);   // smtpd.py: SMTPChannel.smtp_NOOP
-    virtual void smtp_QUIT(argument arg);   // smtpd.py: SMTPChannel.smtp_QUIT
-    virtual void smtp_HELP(argument arg);   // smtpd.py: SMTPChannel.smtp_HELP
-    virtual void smtp_VRFY(argument arg);   // smtpd.py: SMTPChannel.smtp_VRFY
-    virtual void smtp_MAIL(argument arg);   // smtpd.py: SMTPChannel.smtp_MAIL
-    virtual void smtp_RCPT(argument arg);   // smtpd.py: SMTPChannel.smtp_RCPT
-    virtual void smtp_RSET(argument arg);   // smtpd.py: SMTPChannel.smtp_RSET
-    virtual void smtp_DATA(argument arg);   // smtpd.py: SMTPChannel.smtp_DATA
-    virtual void smtp_EXPN(argument arg);   // smtpd.py: SMTPChannel.smtp_EXPN
+    // smtpd.py: SMTPChannel.smtp_HELO
+    virtual void smtp_HELO(argument arg);
+    // smtpd.py: SMTPChannel.smtp_EHLO
+    virtual void smtp_EHLO(argument arg);
+    // smtpd.py: SMTPChannel.smtp_NOOP
+    virtual void smtp_NOOP(argument arg);
+    // smtpd.py: SMTPChannel.smtp_QUIT
+    virtual void smtp_QUIT(argument arg);
+    // smtpd.py: SMTPChannel.smtp_HELP
+    virtual void smtp_HELP(argument arg);
+    // smtpd.py: SMTPChannel.smtp_VRFY
+    virtual void smtp_VRFY(argument arg);
+    // smtpd.py: SMTPChannel.smtp_MAIL
+    virtual void smtp_MAIL(argument arg);
+    // smtpd.py: SMTPChannel.smtp_RCPT
+    virtual void smtp_RCPT(argument arg);
+    // smtpd.py: SMTPChannel.smtp_RSET
+    virtual void smtp_RSET(argument arg);
+    // smtpd.py: SMTPChannel.smtp_DATA
+    virtual void smtp_DATA(argument arg);
+    // smtpd.py: SMTPChannel.smtp_EXPN
+    virtual void smtp_EXPN(argument arg);
 
     void close() override;
     void handle_close() override;
@@ -183,8 +202,10 @@ class SMTPChannel : public asynchat::async_chat {
     static std::optional<std::pair<std::string, std::string_view>> _getaddr(std::string_view arg);
     // The parameters by name; nothing when one is malformed. smtpd.py: SMTPChannel._getparams
     static std::optional<parameters> _getparams(const std::vector<std::string>& params);
-    void _set_post_data_state();   // smtpd.py: SMTPChannel._set_post_data_state
-    void _set_rset_state();        // smtpd.py: SMTPChannel._set_rset_state
+    // smtpd.py: SMTPChannel._set_post_data_state
+    void _set_post_data_state();
+    // smtpd.py: SMTPChannel._set_rset_state
+    void _set_rset_state();
 
     // MAIL and RCPT are right and their values are set: answer them. 250 OK, unless a subclass knows better.
     virtual void answer_MAIL() { push("250 OK"); }
@@ -249,8 +270,9 @@ class SMTPServer : public asyncore::dispatcher {
     asyncore::clock::time_point deadline() override;
     void handle_timeout() override { resting_ = false; }
     void handle_accept() override;
+    // smtpd.py: SMTPServer.handle_accepted
     void handle_accepted(std::unique_ptr<asyncore::socket_type> conn,
-                         const asyncore::address& addr) override;   // smtpd.py: SMTPServer.handle_accepted
+                         const asyncore::address& addr) override;
 
   private:
     friend class SMTPChannel;
@@ -267,9 +289,10 @@ class DebuggingServer : public SMTPServer {
   public:
     using SMTPServer::SMTPServer;
     std::string class_name() const override { return "smtpd.DebuggingServer"; }
+    // smtpd.py: DebuggingServer.process_message
     std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
-                                               const message_options& kwargs) override;   // smtpd.py: DebuggingServer.process_message
+                                               const message_options& kwargs) override;
 
   protected:
     // smtpd.py: DebuggingServer._print_message_content
@@ -318,19 +341,27 @@ class SMTP : public asynchat::async_chat {
     void connect(const asyncore::address& server, handler then);
     using async_chat::connect;
 
-    void docmd(const std::string& cmd, handler then);   // smtplib.py: SMTP.docmd
-    void ehlo(handler then);                            // smtplib.py: SMTP.ehlo
-    void helo(handler then);                            // smtplib.py: SMTP.helo
-    void ehlo_or_helo_if_needed(handler then);          // smtplib.py: SMTP.ehlo_or_helo_if_needed
-    bool has_extn(const std::string& name) const { return esmtp_features.count(name) > 0; }   // smtplib.py: SMTP.has_extn
+    // smtplib.py: SMTP.docmd
+    void docmd(const std::string& cmd, handler then);
+    // smtplib.py: SMTP.ehlo
+    void ehlo(handler then);
+    // smtplib.py: SMTP.helo
+    void helo(handler then);
+    // smtplib.py: SMTP.ehlo_or_helo_if_needed
+    void ehlo_or_helo_if_needed(handler then);
+    // smtplib.py: SMTP.has_extn
+    bool has_extn(const std::string& name) const { return esmtp_features.count(name) > 0; }
     // The options are sent as they are, as in {"SIZE=1000", "BODY=8BITMIME"}. smtplib.py: SMTP.mail
     void mail(const std::string& sender, const std::vector<std::string>& with, handler then);
-    void rcpt(const std::string& recipient, handler then);   // smtplib.py: SMTP.rcpt
+    // smtplib.py: SMTP.rcpt
+    void rcpt(const std::string& recipient, handler then);
     // Sends DATA and the message: every line end becomes CR LF, dots are doubled, a last line end is added when it
     // is missing. The answer is the last one, or that to DATA when it is not 354. smtplib.py: SMTP.data
     void data(std::string msg, handler then);
-    void rset(handler then);   // smtplib.py: SMTP.rset
-    void quit();               // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
+    // smtplib.py: SMTP.rset
+    void rset(handler then);
+    // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
+    void quit();
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
     // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
     // stopped it. smtplib.py: SMTP.sendmail
@@ -501,9 +532,10 @@ class MailmanProxy : public PureProxy {
   public:
     using PureProxy::PureProxy;
     std::string class_name() const override { return "smtpd.MailmanProxy"; }
+    // smtpd.py: MailmanProxy.process_message
     std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
-                                               const message_options& kwargs) override;   // smtpd.py: MailmanProxy.process_message
+                                               const message_options& kwargs) override;
 
     // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists.
     virtual bool list_exists(const std::string& listname, const std::string& domain) const;
