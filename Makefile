@@ -8,7 +8,7 @@ WARNINGS = -Wall -Wextra -Wpedantic
 LDFLAGS =
 PREFIX = /usr/local
 LIBRARY = asyncore.o smtpd.o
-TESTS = tests/test_main.o tests/support.o tests/test_map.o
+TESTS = tests/test_main.o tests/support.o tests/test_map.o tests/test_conversations.o tests/test_addresses.o
 
 all: smtpd
 
@@ -20,7 +20,7 @@ smtpd: main.o $(LIBRARY)
 
 asyncore.o: asyncore.hpp
 smtpd.o main.o: smtpd.hpp asyncore.hpp
-$(TESTS): tests/test.hpp tests/support.hpp smtpd.hpp asyncore.hpp
+$(TESTS): tests/reference.hpp tests/test.hpp tests/support.hpp smtpd.hpp asyncore.hpp
 
 run: smtpd
 	./smtpd -n -c DebuggingServer localhost:8025

@@ -1,9 +1,9 @@
 #include "asyncore.hpp"
 
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
-#include <arpa/inet.h>
 #include <sys/select.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -18,9 +18,7 @@ namespace asyncore {
 
 namespace {
 
-[[noreturn]] void raise(int err, const char* call) {
-    throw std::system_error(err, std::generic_category(), call);
-}
+[[noreturn]] void raise(int err, const char* call) { throw std::system_error(err, std::generic_category(), call); }
 
 // A system call is repeated when a signal interrupts it (PEP 475).
 template <typename Call>
@@ -92,7 +90,7 @@ socklen_t to_sockaddr(const address& addr, const socket_type& sock, sockaddr_sto
     return to_sockaddr(getaddrinfo(addr, sock.getsockname().family).front(), sock, storage);
 }
 
-}  // namespace
+}   // namespace
 
 bool DISCONNECTED(int err) noexcept {
     return err == ECONNRESET || err == ENOTCONN || err == ESHUTDOWN || err == ECONNABORTED || err == EPIPE ||
@@ -411,7 +409,7 @@ void deliver(dispatcher& obj, void (dispatcher::*event)()) {
     }
 }
 
-}  // namespace
+}   // namespace
 
 void read(dispatcher& obj) { deliver(obj, &dispatcher::handle_read_event); }
 
@@ -692,8 +690,7 @@ void dispatcher::connect(const address& address) {
     connected = false;
     connecting = true;
     const int err = socket->connect_ex(address);
-    if (err != 0 && err != EISCONN && err != EINPROGRESS && err != EALREADY && !would_block(err))
-        raise(err, "connect");
+    if (err != 0 && err != EISCONN && err != EINPROGRESS && err != EALREADY && !would_block(err)) raise(err, "connect");
     addr = address;
     if (err == 0 || err == EISCONN) handle_connect_event();
 }
@@ -799,8 +796,7 @@ std::string dispatcher::current_exception_text() {
         type = "std::runtime_error", what = e.what();
     } catch (const std::exception& e) {
         type = "std::exception", what = e.what();
-    } catch (...) {
-    }
+    } catch (...) {}
     const std::string quoted = asyncore::repr(what);   // it may carry a stranger's bytes
     return type + ":" + quoted.substr(1, quoted.size() - 2);
 }
@@ -812,14 +808,12 @@ void dispatcher::handle_error() {
                  "error");
     } catch (const ExitNow&) {
         throw;
-    } catch (...) {
-    }
+    } catch (...) {}
     try {
         handle_close();
     } catch (const ExitNow&) {
         throw;
-    } catch (...) {
-    }
+    } catch (...) {}
 }
 
 void dispatcher::handle_expt() { log_info("unhandled incoming priority event", "warning"); }
@@ -906,7 +900,7 @@ receive_buffer::~receive_buffer() {
     map_.buffer_size_ = size_;
 }
 
-}  // namespace asyncore
+}   // namespace asyncore
 
 // ---------------------------------------------------------------------------------------------------------
 // asynchat
@@ -1017,8 +1011,7 @@ void async_chat::consume() {
         // Python has sent each reply by now: what was pushed before the exception still goes out.
         try {
             cork.uncork();
-        } catch (...) {
-        }
+        } catch (...) {}
         throw;
     }
     held_back_ = !input_.empty() && stalled();
@@ -1139,7 +1132,10 @@ void async_chat::initiate_send() {
         text.clear();
         if (text.capacity() <= 1024) spare_ = std::move(text);
         producer_fifo.pop_front();
-        // One send() a call, as in Python, but a close that only waited for it is done at once.
+        // One send() a call, as in Python; but what needs none is done at once: a producer that has come to its
+        // end goes, and a close that only waited for this is done.
+        while (!producer_fifo.empty() && std::holds_alternative<std::unique_ptr<producer>>(producer_fifo.front()))
+            refill();
         if (producer_fifo.empty() || !std::holds_alternative<close_mark>(producer_fifo.front())) return;
     }
 }
@@ -1165,4 +1161,4 @@ void async_chat::discard_buffers() {
     held_back_ = false;
 }
 
-}  // namespace asynchat
+}   // namespace asynchat

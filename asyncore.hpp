@@ -85,8 +85,8 @@ struct address {
     std::uint32_t scope_id = 0;   // IPv6
 
     address() = default;
-    address(std::string host, int port);             // std::out_of_range unless 0 <= port <= 65535
-    static address unix_path(std::string path);      // std::out_of_range when the path is too long
+    address(std::string host, int port);          // std::out_of_range unless 0 <= port <= 65535
+    static address unix_path(std::string path);   // std::out_of_range when the path is too long
     static address from(const sockaddr_storage& storage, socklen_t size);
 
     bool none() const { return family == AF_UNSPEC && host.empty() && port == 0; }
@@ -105,8 +105,8 @@ std::string getfqdn();
 // A descriptor, owned. Calls that a signal interrupts are repeated; no write raises SIGPIPE.
 class socket_type {
   public:
-    explicit socket_type(int fd = -1) noexcept;                 // takes fd over
-    socket_type(int family, int type);                          // non-blocking, close-on-exec
+    explicit socket_type(int fd = -1) noexcept;   // takes fd over
+    socket_type(int family, int type);            // non-blocking, close-on-exec
     socket_type(socket_type&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     socket_type& operator=(socket_type&& other) noexcept;
     virtual ~socket_type();
@@ -122,7 +122,7 @@ class socket_type {
     void setblocking(bool flag);
     void bind(const address& addr);
     void listen(int backlog);
-    int connect_ex(const address& addr);   // 0 or an errno
+    int connect_ex(const address& addr);                         // 0 or an errno
     std::pair<std::unique_ptr<socket_type>, address> accept();   // non-blocking, close-on-exec
     address getpeername() const;
     address getsockname() const;
@@ -145,7 +145,7 @@ class map_type {
 
     bool empty() const noexcept { return size_ == 0; }
     std::size_t size() const noexcept { return size_; }
-    dispatcher* get(int fd) const noexcept;    // nullptr when there is none
+    dispatcher* get(int fd) const noexcept;   // nullptr when there is none
     std::vector<dispatcher*> values() const;
 
     // From here on the object lives until it closes (see the top of this file).
@@ -172,14 +172,14 @@ class map_type {
     void remove(int fd, const dispatcher& object) noexcept;
     void bury_the_dead() noexcept;
 
-    std::vector<slot> slots_;            // by descriptor
+    std::vector<slot> slots_;   // by descriptor
     std::size_t size_ = 0;
-    std::uint64_t registrations_ = 0;    // so far; 0 is nobody's number
-    int depth_ = 0;                      // passes under way, one inside the other
+    std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
+    int depth_ = 0;                     // passes under way, one inside the other
     std::list<std::unique_ptr<dispatcher>> owned_, graveyard_;
-    std::vector<pollfd> wanted_;         // kept from pass to pass, to allocate once
+    std::vector<pollfd> wanted_;   // kept from pass to pass, to allocate once
     std::vector<std::uint64_t> wanted_by_;
-    std::unique_ptr<char[]> buffer_;     // see receive_buffer
+    std::unique_ptr<char[]> buffer_;   // see receive_buffer
     std::size_t buffer_size_ = 0;
 };
 
@@ -388,7 +388,7 @@ class receive_buffer {
     std::size_t size_ = 0;
 };
 
-}  // namespace asyncore
+}   // namespace asyncore
 
 // ---------------------------------------------------------------------------------------------------------
 // asynchat: sessions that speak in lines, or in anything else that ends
@@ -461,7 +461,7 @@ class async_chat : public asyncore::dispatcher {
     void handle_write() override;
     // asynchat.py: async_chat.handle_close
     void handle_close() override;
-    void handle_expt() override;    // takes the urgent byte away, or it would be announced for ever
+    void handle_expt() override;   // takes the urgent byte away, or it would be announced for ever
     asyncore::clock::time_point deadline() override;
     void handle_timeout() override;
 
@@ -507,17 +507,17 @@ class async_chat : public asyncore::dispatcher {
     void refill();
 
     terminator terminator_;
-    std::string kept_;          // input between two reads
-    std::string_view input_;    // what is to be consumed: in kept_, or in the loop's receive buffer
-    std::string spare_;         // an empty string with room, so that a reply needs no allocation
-    std::size_t sent_ = 0;      // bytes of the first item that have gone
+    std::string kept_;         // input between two reads
+    std::string_view input_;   // what is to be consumed: in kept_, or in the loop's receive buffer
+    std::string spare_;        // an empty string with room, so that a reply needs no allocation
+    std::size_t sent_ = 0;     // bytes of the first item that have gone
     std::size_t queued_ = 0;
-    int corks_ = 0;             // read events under way
+    int corks_ = 0;   // read events under way
     bool sending_ = false;
     bool paused_ = false;
-    bool held_back_ = false;    // consume() stopped because input had to wait
+    bool held_back_ = false;   // consume() stopped because input had to wait
 };
 
-}  // namespace asynchat
+}   // namespace asynchat
 
 #endif

@@ -95,10 +95,9 @@ struct option {
     bool takes_value;
 };
 
-const option known_options[] = {{'c', "class", true}, {'n', "nosetuid", false}, {'V', "version", false},
-                                {'h', "help", false}, {'s', "size", true},      {'d', "debug", false},
-                                {'u', "smtputf8", false},        {'\1', "mailman-lists", true},
-                                {'\2', "mailman-lmtp", true}};
+const option known_options[] = {{'c', "class", true},     {'n', "nosetuid", false},      {'V', "version", false},
+                                {'h', "help", false},     {'s', "size", true},           {'d', "debug", false},
+                                {'u', "smtputf8", false}, {'\1', "mailman-lists", true}, {'\2', "mailman-lmtp", true}};
 
 // The option that --name means; a unique beginning will do.
 const option& long_option(const std::string& name) {
@@ -139,7 +138,7 @@ given_options getopt(std::vector<std::string>& args) {
             const std::size_t eq = arg.find('=');
             const option& it = long_option(arg.substr(2, eq == arg.npos ? eq : eq - 2));
             if (eq != arg.npos && !it.takes_value) usage(1, "option --" + it.name + " must not have an argument");
-            given.emplace_back(it.letter, !it.takes_value   ? ""
+            given.emplace_back(it.letter, !it.takes_value  ? ""
                                           : eq != arg.npos ? arg.substr(eq + 1)
                                                            : value("--" + it.name));
             continue;
@@ -265,7 +264,7 @@ class signal_watch : public asyncore::file_dispatcher {
     smtpd::SMTPServer& server_;
 };
 
-}  // namespace
+}   // namespace
 
 int main(int argc, char** argv) {
     program = argc > 0 ? argv[0] : "smtpd";

@@ -69,9 +69,9 @@ std::size_t space_length(std::string_view text) {
     if (text.empty()) return 0;
     const char c = text[0];
     if (c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f)) return 1;
-    static constexpr std::string_view wide[] = {
-        "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",
-        "\u2007", "\u2008", "\u2009", "\u200a", "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
+    static constexpr std::string_view wide[] = {"\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003",
+                                                "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
+                                                "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
     if (static_cast<unsigned char>(c) < 0x80) return 0;
     for (const auto& space : wide)
         if (text.substr(0, space.size()) == space) return space.size();
@@ -450,17 +450,17 @@ void unstuff(std::string& data) {
     data.resize(static_cast<std::size_t>(out - data.data()));
 }
 
-}  // namespace
+}   // namespace
 
 // ---------------------------------------------------------------------------------------------------------
 // Answers that come later
 // ---------------------------------------------------------------------------------------------------------
 
 struct deferred_reply::owed {
-    SMTPChannel* channel;               // null: nobody waits any more
+    SMTPChannel* channel;   // null: nobody waits any more
     bool deferred = false;
-    bool in_hook = true;                // process_message() is still running
-    std::optional<std::string> status;  // given while it was
+    bool in_hook = true;                 // process_message() is still running
+    std::optional<std::string> status;   // given while it was
 
     explicit owed(SMTPChannel* who) : channel(who) { channel->owed_ = this; }
     owed(const owed&) = delete;
@@ -780,8 +780,7 @@ std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(st
         if (found.find('\t') != found.npos) return std::nullopt;
         return std::pair(std::move(found), parser.text);
     } catch (const address_parser::HeaderParseError&) {
-    } catch (const address_parser::IndexError&) {
-    }
+    } catch (const address_parser::IndexError&) {}
     return std::nullopt;
 }
 
@@ -804,10 +803,15 @@ std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector
 
 // The syntax of a verb, as HELP and the 501 replies tell it; "" when there is none.
 std::string SMTPChannel::syntax(std::string_view verb) const {
-    static constexpr std::pair<std::string_view, std::string_view> table[] = {
-        {"EHLO", "EHLO hostname"}, {"HELO", "HELO hostname"}, {"MAIL", "MAIL FROM: <address>"},
-        {"RCPT", "RCPT TO: <address>"}, {"DATA", "DATA"}, {"RSET", "RSET"}, {"NOOP", "NOOP"}, {"QUIT", "QUIT"},
-        {"VRFY", "VRFY <address>"}};
+    static constexpr std::pair<std::string_view, std::string_view> table[] = {{"EHLO", "EHLO hostname"},
+                                                                              {"HELO", "HELO hostname"},
+                                                                              {"MAIL", "MAIL FROM: <address>"},
+                                                                              {"RCPT", "RCPT TO: <address>"},
+                                                                              {"DATA", "DATA"},
+                                                                              {"RSET", "RSET"},
+                                                                              {"NOOP", "NOOP"},
+                                                                              {"QUIT", "QUIT"},
+                                                                              {"VRFY", "VRFY <address>"}};
     for (const auto& [name, text] : table)
         if (name == verb)
             return std::string(text) +
@@ -922,7 +926,7 @@ namespace {
 
 int open_spare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
-}  // namespace
+}   // namespace
 
 SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, const options& with)
     : dispatcher(nullptr, with.map), _localaddr(localaddr), _remoteaddr(remoteaddr), settings(with) {
@@ -944,7 +948,7 @@ SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, cons
         }
     }
     addr = localaddr;
-    dispatcher::listen(SOMAXCONN);   // Python: 5, and a burst of clients is dropped
+    dispatcher::listen(SOMAXCONN);                                    // Python: 5, and a burst of clients is dropped
     if (settings.fqdn.empty()) settings.fqdn = asyncore::getfqdn();   // Python: once for each client
     spare_ = asyncore::socket_type(open_spare());
     if (!debugging()) return;
@@ -975,9 +979,7 @@ void SMTPServer::stop(std::chrono::milliseconds grace) {
     for (SMTPChannel* channel : std::vector<SMTPChannel*>(channels_)) channel->stop(bound);
 }
 
-asyncore::clock::time_point SMTPServer::deadline() {
-    return resting_ ? rested_ : asyncore::clock::time_point::max();
-}
+asyncore::clock::time_point SMTPServer::deadline() { return resting_ ? rested_ : asyncore::clock::time_point::max(); }
 
 // Python takes one client a pass, and closes the listener when accept() fails.
 void SMTPServer::handle_accept() {
@@ -1048,7 +1050,8 @@ void print(std::ostream& out, std::string_view line) {
         const bool c1 = length == 2 && line[0] == '\xc2' && static_cast<unsigned char>(line[1]) < 0xa0;
         if (length == 0 || c1 || (is_control(line[0]) && line[0] != '\t')) {
             const auto byte = static_cast<unsigned char>(line[0]);
-            out << "\\x" << "0123456789abcdef"[byte >> 4] << "0123456789abcdef"[byte & 15];
+            out << "\\x"
+                << "0123456789abcdef"[byte >> 4] << "0123456789abcdef"[byte & 15];
             line.remove_prefix(1);
         } else {
             out << line.substr(0, length);
@@ -1072,7 +1075,7 @@ std::size_t newline_length(std::string_view text, bool str) {
 // The host of a client, for X-Peer.
 std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "unix" : peer.host; }
 
-}  // namespace
+}   // namespace
 
 void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
     bool inheaders = true;
@@ -1166,7 +1169,7 @@ int severity(const reply& answer) {
     return answer.code >= 500 ? 1 : 2;
 }
 
-}  // namespace
+}   // namespace
 
 std::string reply::line() const {
     if (code < 0) return text;
@@ -1478,7 +1481,7 @@ std::string final_answer(const reply& answer) {
     return answer.code == 250 || is_refusal(answer) ? answer.line() : not_available;
 }
 
-}  // namespace
+}   // namespace
 
 ProxyChannel* message_options::proxy_channel() const {
     const auto owed = owed_.lock();
@@ -1530,7 +1533,9 @@ void ProxyChannel::connect_to(PureProxy::side to, SMTP::handler then) {
 
 // Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between.
 void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    const auto go_on = [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); };
+    const auto go_on = [this, to, then](const reply& answer) {
+        answer.code == 250 ? say_MAIL(to, then) : then(answer);
+    };
     lane& it = of(to);
     it.stale ? reset(it, go_on) : it.session ? go_on({250, ""}) : connect_to(to, go_on);
 }
@@ -1549,7 +1554,8 @@ void ProxyChannel::reset(lane& it, SMTP::handler then) {
 void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     lane& it = of(to);
     if (!it.session)   // it was lost while it was reset
-        return connect_to(to, [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
+        return connect_to(
+            to, [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
     std::vector<std::string> with;
     for (const auto& option : mail_options) {
         const std::string name = option.substr(0, option.find('='));
@@ -1585,10 +1591,12 @@ std::string ProxyChannel::refusal(PureProxy::side from, const reply& said) {
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
     dismiss(of(from));
     _set_post_data_state();
+    lost_ = true;
     return not_available;
 }
 
 void ProxyChannel::answer_MAIL() {
+    lost_ = false;
     for (auto& it : lanes_) it.begun = false;   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
     pause();
@@ -1614,6 +1622,7 @@ void ProxyChannel::answer_RCPT() {
 void ProxyChannel::smtp_RSET(argument arg) {
     if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
     pause();
+    lost_ = false;
     reset(lanes_[0], [this](const reply&) {
         reset(lanes_[1], [this](const reply&) {
             _set_rset_state();
@@ -1622,12 +1631,21 @@ void ProxyChannel::smtp_RSET(argument arg) {
     });
 }
 
+// After a loss, and until a new transaction, the rest of the old one gets 451: 503 would tell the client that its
+// recipients are refused for good.
+void ProxyChannel::smtp_RCPT(argument arg) {
+    if (lost_ && mailfrom.empty()) return push(not_available);
+    SMTPChannel::smtp_RCPT(arg);
+}
+
 void ProxyChannel::smtp_DATA(argument arg) {
-    const bool lost =
-        std::any_of(std::begin(lanes_), std::end(lanes_), [](const lane& it) { return it.begun && !it.session; });
-    if (!lost || rcpttos.empty()) return SMTPChannel::smtp_DATA(arg);
-    _set_post_data_state();
-    push(not_available);
+    for (const auto& it : lanes_)
+        if (it.begun && !it.session && !rcpttos.empty()) {
+            _set_post_data_state();
+            lost_ = true;
+        }
+    if (lost_ && mailfrom.empty()) return push(not_available);
+    SMTPChannel::smtp_DATA(arg);
 }
 
 // Sends the message on the transaction that is open, when there is one for just these recipients.
@@ -1665,7 +1683,7 @@ void insert_header(std::string& data, const std::string& header) {
         data.insert(at, header + "\n");
 }
 
-}  // namespace
+}   // namespace
 
 PureProxy::~PureProxy() {
     for (SMTP* session : std::exchange(deliveries_, {})) {
@@ -1686,9 +1704,7 @@ std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
     return session;
 }
 
-const address& PureProxy::address_of(side to) const {
-    return to == side::lists ? settings.mailman_lmtp : _remoteaddr;
-}
+const address& PureProxy::address_of(side to) const { return to == side::lists ? settings.mailman_lmtp : _remoteaddr; }
 
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
@@ -1756,8 +1772,8 @@ struct list_address {
         tag = local.substr(plus);
         const std::size_t dash = listname.rfind('-');
         if (dash == listname.npos || dash == 0) return;
-        for (const char* known : {"ADMIN", "BOUNCES", "CONFIRM", "JOIN", "LEAVE", "OWNER", "REQUEST", "SUBSCRIBE",
-                                  "UNSUBSCRIBE"})
+        for (const char* known :
+             {"ADMIN", "BOUNCES", "CONFIRM", "JOIN", "LEAVE", "OWNER", "REQUEST", "SUBSCRIBE", "UNSUBSCRIBE"})
             if (upper(listname.substr(dash + 1)) == known) {
                 command = listname.substr(dash + 1);
                 listname.resize(dash);
@@ -1777,7 +1793,8 @@ bool has_header(std::string_view data, std::string_view name) {
     for (std::string_view line; !data.empty();) {
         take_line(data, line);
         if (line.empty()) return false;
-        if (line.size() > name.size() && line[name.size()] == ':' && upper(line.substr(0, name.size())) == name) return true;
+        if (line.size() > name.size() && line[name.size()] == ':' && upper(line.substr(0, name.size())) == name)
+            return true;
     }
     return false;
 }
@@ -1796,7 +1813,7 @@ std::string date_now() {
     return rest;
 }
 
-}  // namespace
+}   // namespace
 
 bool MailmanProxy::list_exists(const std::string& listname, const std::string& domain) const {
     const auto harmless = [](const std::string& part) {
@@ -1820,9 +1837,16 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
     return parts.listname + "-owner" + parts.tag + "@" + parts.domain;
 }
 
-void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients,
-                           std::string message, const message_options& kwargs, SMTP::handler then) {
-    relay(side::lists, mailfrom, recipients, std::move(message), kwargs, std::move(then));
+void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
+                           const message_options& kwargs, SMTP::handler then) {
+    // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
+    const std::vector<std::string> others(recipients.begin() + 1, recipients.end());
+    SMTP::handler next = then;
+    if (!others.empty())
+        next = [this, mailfrom, others, message, kwargs, then](const reply& said) {
+            said.code == 250 ? enqueue(mailfrom, others, message, kwargs, then) : then(said);
+        };
+    relay(side::lists, mailfrom, {recipients.front()}, std::move(message), kwargs, next);
 }
 
 std::optional<std::string> MailmanProxy::process_message(const address&, const std::string& mailfrom,
@@ -1865,7 +1889,7 @@ server_factory make_server() {
     };
 }
 
-}  // namespace
+}   // namespace
 
 server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
 
@@ -1878,4 +1902,4 @@ const std::map<std::string, server_factory>& server_class::all() {
     return classes;
 }
 
-}  // namespace smtpd
+}   // namespace smtpd

@@ -48,7 +48,7 @@ inline std::ostream& DEBUGSTREAM = default_debugstream();
 
 // How long a client waits for a server: RFC 5321, 4.5.3.2, and what it leaves open.
 struct timeouts {
-    std::chrono::milliseconds connect{30000};             // for each address that a name stands for
+    std::chrono::milliseconds connect{30000};   // for each address that a name stands for
     std::chrono::milliseconds greeting{300000};
     std::chrono::milliseconds command{300000};            // EHLO, MAIL, RCPT, RSET
     std::chrono::milliseconds data_initiation{120000};    // the answer to DATA
@@ -65,11 +65,11 @@ struct options {
     bool decode_data = false;                          // messages must be UTF-8; no 8BITMIME; not with SMTPUTF8
 
     // Not in Python.
-    std::string fqdn;                                  // the name in the banner; "": asyncore::getfqdn()
-    std::chrono::milliseconds idle_timeout{300000};    // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
-    std::size_t rcpt_limit = 1000;                     // recipients of a message; then 452
-    std::size_t reply_queue_limit = 1 << 20;           // bytes of replies that wait; then input waits too
-    timeouts upstream;                                 // PureProxy, MailmanProxy: for the servers they send to
+    std::string fqdn;                                 // the name in the banner; "": asyncore::getfqdn()
+    std::chrono::milliseconds idle_timeout{300000};   // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
+    std::size_t rcpt_limit = 1000;                    // recipients of a message; then 452
+    std::size_t reply_queue_limit = 1 << 20;          // bytes of replies that wait; then input waits too
+    timeouts upstream;                                // PureProxy, MailmanProxy: for the servers they send to
     std::string mailman_lists = "/var/lib/mailman3/lists";   // MailmanProxy: one folder a list, NAME.DOMAIN
     asyncore::address mailman_lmtp{"127.0.0.1", 8024};       // MailmanProxy: where Mailman 3 takes messages
 };
@@ -115,21 +115,21 @@ class SMTPChannel : public asynchat::async_chat {
     using argument = std::optional<std::string_view>;   // what follows the verb; None when there is no space
     using command = void (SMTPChannel::*)(argument);
 
-    SMTPServer* smtp_server;            // null when the server has gone; the channel is closed then
-    asyncore::socket_type* conn;        // the same as *socket
-    std::size_t data_size_limit;        // 0: none
+    SMTPServer* smtp_server;       // null when the server has gone; the channel is closed then
+    asyncore::socket_type* conn;   // the same as *socket
+    std::size_t data_size_limit;   // 0: none
     bool enable_SMTPUTF8;
     bool _decode_data;
     int smtp_state = COMMAND;
-    std::string seen_greeting;          // the argument of HELO or EHLO
-    bool extended_smtp = false;         // EHLO was said
-    std::string mailfrom;               // "" before MAIL (None in Python)
+    std::string seen_greeting;    // the argument of HELO or EHLO
+    bool extended_smtp = false;   // EHLO was said
+    std::string mailfrom;         // "" before MAIL (None in Python)
     std::vector<std::string> rcpttos;
     bool require_SMTPUTF8 = false;
     std::vector<std::string> mail_options, rcpt_options;   // of the last MAIL and RCPT that were accepted
-    std::string received_lines;         // what has come of the line, or of the message
-    std::string received_data;          // the last message
-    std::size_t num_bytes = 0;          // received of the line or message, those that are not kept included
+    std::string received_lines;                            // what has come of the line, or of the message
+    std::string received_data;                             // the last message
+    std::size_t num_bytes = 0;   // received of the line or message, those that are not kept included
     std::string fqdn;
     asyncore::address peer;
 
@@ -227,13 +227,13 @@ class SMTPChannel : public asynchat::async_chat {
     bool in_hand() const { return smtp_state == DATA || paused(); }
     void say_goodbye(std::string_view reply);
 
-    asyncore::clock::time_point active_ = asyncore::clock::now();        // the idle clock's start
+    asyncore::clock::time_point active_ = asyncore::clock::now();              // the idle clock's start
     asyncore::clock::time_point bound_ = asyncore::clock::time_point::max();   // see stop()
-    std::size_t index_;                       // in smtp_server->channels_
-    deferred_reply::owed* owed_ = nullptr;    // the answer that process_message() has deferred
-    std::size_t declared_size_ = 0;           // SIZE= of this MAIL
-    bool data_starts_ = false;                // the CR LF of the DATA line is still to come
-    bool leaving_ = false;                    // QUIT or 421 was said: nothing more is read
+    std::size_t index_;                                                        // in smtp_server->channels_
+    deferred_reply::owed* owed_ = nullptr;   // the answer that process_message() has deferred
+    std::size_t declared_size_ = 0;          // SIZE= of this MAIL
+    bool data_starts_ = false;               // the CR LF of the DATA line is still to come
+    bool leaving_ = false;                   // QUIT or 421 was said: nothing more is read
 };
 
 // Listens, and makes a channel for each client. smtpd.py: SMTPServer
@@ -271,8 +271,7 @@ class SMTPServer : public asyncore::dispatcher {
     void handle_timeout() override { resting_ = false; }
     void handle_accept() override;
     // smtpd.py: SMTPServer.handle_accepted
-    void handle_accepted(std::unique_ptr<asyncore::socket_type> conn,
-                         const asyncore::address& addr) override;
+    void handle_accepted(std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr) override;
 
   private:
     friend class SMTPChannel;
@@ -325,11 +324,11 @@ class SMTP : public asynchat::async_chat {
     using handler = std::function<void(const reply&)>;
     using refused = std::map<std::string, reply>;   // recipient -> why
 
-    std::string local_hostname;                           // for EHLO; "": this side's address, as in [127.0.0.1]
-    bool does_esmtp = false;                              // EHLO was accepted
-    std::map<std::string, std::string> esmtp_features;    // what it offered: "SIZE" -> "33554432"
-    std::size_t maxline = 8192, maxreply = 65536;         // bytes; what is longer makes no sense
-    std::function<void()> on_close;                       // called when the session ends, for whatever reason
+    std::string local_hostname;                          // for EHLO; "": this side's address, as in [127.0.0.1]
+    bool does_esmtp = false;                             // EHLO was accepted
+    std::map<std::string, std::string> esmtp_features;   // what it offered: "SIZE" -> "33554432"
+    std::size_t maxline = 8192, maxreply = 65536;        // bytes; what is longer makes no sense
+    std::function<void()> on_close;                      // called when the session ends, for whatever reason
 
     explicit SMTP(asyncore::map_type* map = nullptr, const timeouts& wait = {});
     ~SMTP() override;
@@ -396,15 +395,15 @@ class SMTP : public asynchat::async_chat {
     std::string own_name() const;
 
     timeouts wait_;
-    handler then_;                                // who waits for the answer
+    handler then_;   // who waits for the answer
     asyncore::clock::time_point due_ = asyncore::clock::time_point::max();
     std::vector<asyncore::address> candidates_;   // addresses not tried yet
     std::string line_, why_;
     reply answer_, worst_;
     std::string message_;
     bool quitting_ = false, awaiting_354_ = false, sending_ = false;
-    std::size_t accepted_ = 0;                    // recipients of this transaction
-    std::size_t replies_left_ = 1;                // that the command under way will bring
+    std::size_t accepted_ = 0;       // recipients of this transaction
+    std::size_t replies_left_ = 1;   // that the command under way will bring
 };
 
 // The same with LHLO, and an answer for each recipient after the message: the worst of them is reported
@@ -489,6 +488,7 @@ class ProxyChannel : public SMTPChannel {
                  const options& with);
     ~ProxyChannel() override;
     std::string class_name() const override { return "smtpd.ProxyChannel"; }
+    void smtp_RCPT(argument arg) override;
     void smtp_RSET(argument arg) override;
     void smtp_DATA(argument arg) override;
     void close() override;
@@ -521,7 +521,8 @@ class ProxyChannel : public SMTPChannel {
     void dismiss(lane& it);
     void dismiss_all();
 
-    lane lanes_[2];   // by side
+    lane lanes_[2];       // by side
+    bool lost_ = false;   // the last transaction was lost, and there is no new one yet
 };
 
 // A proxy in front of Mailman 3: what is addressed to one of its lists goes to Mailman by LMTP, the rest
@@ -564,6 +565,6 @@ struct server_class {
     static const std::map<std::string, server_factory>& all();
 };
 
-}  // namespace smtpd
+}   // namespace smtpd
 
 #endif

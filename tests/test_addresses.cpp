@@ -1,0 +1,84 @@
+// The arguments of MAIL, RCPT and VRFY in tests/reference/addresses.txt, and what _getaddr() makes of each.
+
+#include <cstdio>
+#include <map>
+#include <optional>
+#include <utility>
+
+#include "reference.hpp"
+#include "smtpd.hpp"
+#include "test.hpp"
+
+namespace {
+
+struct parser : smtpd::SMTPChannel {
+    using SMTPChannel::_getaddr;
+};
+
+// The address and what follows it; nothing when it is refused.
+using outcome = std::optional<std::pair<std::string, std::string>>;
+
+std::string text_of(std::string_view field) {
+    return reference::unescape(field, [](std::string_view) { return std::optional<std::string>(); });
+}
+
+std::vector<std::string_view> fields(std::string_view line) {
+    std::vector<std::string_view> all;
+    for (std::size_t tab; (tab = line.find('\t')) != line.npos; line.remove_prefix(tab + 1))
+        all.push_back(line.substr(0, tab));
+    all.push_back(line);
+    return all;
+}
+
+// The answer that begins at fields[at], which is moved behind it.
+outcome take_answer(const std::vector<std::string_view>& all, std::size_t& at) {
+    const std::string_view first = all.at(at++);
+    if (!first.empty() && first[0] == '!') return std::nullopt;
+    const std::string_view second = all.at(at++);
+    if (first.empty() || second.empty() || first[0] != '+' || second[0] != '|')
+        throw std::runtime_error("neither an address nor a refusal");
+    return std::pair(text_of(first.substr(1)), text_of(second.substr(1)));
+}
+
+std::string show(const outcome& it) {
+    return it ? test::show(it->first) + ", then " + test::show(it->second) : "refused";
+}
+
+}  // namespace
+
+TEST(addresses, as_on_file) {
+    std::map<std::string, int> count;
+    int total = 0, wrong = 0, number = 0;
+    std::string faults;
+    for (const std::string& line : reference::lines("addresses.txt")) {
+        ++number;
+        if (line.empty() || line[0] == '#') continue;
+        const auto all = fields(line);
+        std::size_t at = 1;
+        outcome expected = take_answer(all, at);
+        std::string decides = "as CPython";
+        if (at < all.size()) {
+            decides = all[at++];
+            expected = take_answer(all, at);
+        }
+        CHECK_EQ(at, all.size());
+        ++total;
+        ++count[decides];
+        const std::string arg = text_of(all[0]);
+        const auto found = parser::_getaddr(arg);
+        const outcome is =
+            found ? outcome(std::pair(found->first, std::string(found->second))) : std::nullopt;
+        if (is == expected || ++wrong > 20) continue;
+        faults += "\n    addresses.txt:" + std::to_string(number) + ": " + test::show(arg) +
+                  "\n        is  " + show(is) + "\n        not " + show(expected) + "  (" + decides + ")";
+    }
+    if (wrong)
+        test::fail(__FILE__, __LINE__, std::to_string(wrong) + " of " + std::to_string(total) + faults);
+    CHECK(total > 4000);
+
+    static bool told = false;  // a test runs twice
+    if (std::exchange(told, true)) return;
+    std::printf("addresses: %d", total);
+    for (const auto& [name, times] : count) std::printf(", %s %d", name.c_str(), times);
+    std::puts("");
+}
