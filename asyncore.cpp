@@ -1018,6 +1018,25 @@ void async_chat::consume() {
     cork.uncork();
 }
 
+namespace {
+
+// Where the needle is. Its last byte is looked at before the rest: lines end all the time, messages seldom.
+std::size_t find(std::string_view haystack, std::string_view needle) {
+    const char* from = haystack.data();
+    const char* const end = from + haystack.size();
+    while (static_cast<std::size_t>(end - from) >= needle.size()) {
+        const auto room = static_cast<std::size_t>(end - from) - needle.size() + 1;
+        from = static_cast<const char*>(std::memchr(from, needle[0], room));
+        if (!from) break;
+        if (from[needle.size() - 1] == needle.back() && std::memcmp(from, needle.data(), needle.size()) == 0)
+            return static_cast<std::size_t>(from - haystack.data());
+        ++from;
+    }
+    return haystack.npos;
+}
+
+}   // namespace
+
 // One piece of input; false when the rest may be the beginning of a terminator.
 bool async_chat::consume_some() {
     const auto take = [this](std::size_t size) { return std::exchange(input_, input_.substr(size)).substr(0, size); };
@@ -1030,7 +1049,7 @@ bool async_chat::consume_some() {
         return true;
     }
     const auto* term = std::get_if<std::string>(&terminator_);
-    const std::size_t index = term && !term->empty() ? input_.find(*term) : input_.npos;
+    const std::size_t index = term && !term->empty() ? find(input_, *term) : input_.npos;
     if (index != input_.npos) {
         const std::string_view data = take(index + term->size()).substr(0, index);
         if (!data.empty()) collect_incoming_data(data);

@@ -428,26 +428,20 @@ std::string address_parser::get_angle_addr() {
     return result;
 }
 
-// Removes one dot at the beginning of each line, and turns CR LF into LF (RFC 5321, 4.5.2), in place.
-void unstuff(std::string& data) {
-    char* out = data.data();
-    const char* in = out;
-    const char* const end = in + data.size();
-    while (in < end) {
-        if (*in == '.') ++in;
-        const char* line_end = in;
-        do {
-            line_end = static_cast<const char*>(std::memchr(line_end, '\r', static_cast<std::size_t>(end - line_end)));
-            if (!line_end) line_end = end;
-        } while (line_end < end && (line_end + 1 == end || line_end[1] != '\n') && ++line_end < end);
-        const auto length = static_cast<std::size_t>(line_end - in);
-        std::memmove(out, in, length);
-        out += length;
-        if (line_end == end) break;
-        *out++ = '\n';
-        in = line_end + 2;
+// Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
+// together is always in one piece, because it might have begun the terminator.
+void append_unstuffed(std::string& out, std::string_view in) {
+    while (!in.empty()) {
+        const auto* cr = static_cast<const char*>(std::memchr(in.data(), '\r', in.size()));
+        const std::size_t end = cr ? static_cast<std::size_t>(cr - in.data()) : in.size();
+        if (in.substr(end, 2) != "\r\n") {
+            out.append(in, 0, end + 1);
+            in.remove_prefix(std::min(end + 1, in.size()));
+            continue;
+        }
+        out.append(in, 0, end).push_back('\n');
+        in.remove_prefix(in.substr(end + 2, 1) == "." ? end + 3 : end + 2);
     }
-    data.resize(static_cast<std::size_t>(out - data.data()));
 }
 
 }   // namespace
@@ -578,9 +572,21 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
         std::string().swap(received_lines);
         return;
     }
-    if (smtp_state == DATA && received_lines.capacity() < declared_size_ && num_bytes >= 65536)
-        received_lines.reserve(declared_size_);
-    received_lines.append(data);
+    if (smtp_state != DATA) {
+        received_lines.append(data);
+        return;
+    }
+    if (num_bytes == data.size() && data[0] == '.') data.remove_prefix(1);   // the first line's dot
+    if (num_bytes >= 65536) make_room(data.size());
+    append_unstuffed(received_lines, data);
+}
+
+// Makes room for a message at once: as much as was declared, or as the message before it took.
+void SMTPChannel::make_room(std::size_t more) {
+    const std::size_t needed = received_lines.size() + more;
+    if (needed <= received_lines.capacity()) return;
+    received_lines.reserve(
+        std::max({needed, received_lines.capacity() * 2, declared_size_, smtp_server->message_size_}));
 }
 
 void SMTPChannel::found_terminator() {
@@ -629,7 +635,8 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         _set_post_data_state();
         return push("552 Error: Too much mail data");
     }
-    unstuff(line);
+    smtp_server->message_size_ = line.size();
+    if (line.capacity() / 2 > line.size()) line.shrink_to_fit();
     received_data = std::move(line);
     if (_decode_data && !is_utf8(received_data)) {
         _set_post_data_state();
@@ -1157,8 +1164,19 @@ class message_producer : public asynchat::producer {
 // Bytes of a message with CR LF line ends, before dots are doubled.
 std::size_t size_on_the_wire(std::string_view message) {
     std::size_t size = 0;
-    for (std::string_view line; !message.empty();) size += (take_line(message, line), line.size() + 2);
+    for (std::string_view line; !message.empty();) size += (take_line(message, line) ? 2 : 0) + line.size();
     return size;
+}
+
+// When that time has passed from now on; 0 is never.
+asyncore::clock::time_point after(std::chrono::milliseconds time) {
+    return time.count() > 0 ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
+}
+
+// Nothing may end a command early.
+void check_command(const std::string& cmd) {
+    if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
+        throw std::invalid_argument("command and arguments contain prohibited newline characters");
 }
 
 std::string in_brackets(const std::string& addr) { return addr == "<>" ? addr : "<" + addr + ">"; }
@@ -1177,7 +1195,7 @@ std::string reply::line() const {
     std::string result;
     for (std::string_view rest = text;;) {
         const std::size_t end = rest.find('\n');
-        result.append(digits).append(end == rest.npos ? " " : "-").append(rest.substr(0, end));
+        result.append(digits).append(end != rest.npos ? "-" : rest.empty() ? "" : " ").append(rest.substr(0, end));
         if (end == rest.npos) return result;
         result += "\r\n";
         rest.remove_prefix(end + 1);
@@ -1194,6 +1212,7 @@ SMTP::~SMTP() {
 
 void SMTP::connect(const address& server, handler then) {
     expect(std::move(then), wait_.connect);
+    if (server.none()) return fail("there is no server to connect to");
     address to = server;
     if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
     try {
@@ -1211,7 +1230,7 @@ void SMTP::attempt() {
         const address next = std::move(candidates_.back());
         candidates_.pop_back();
         try {
-            due_ = asyncore::clock::now() + wait_.connect;
+            due_ = after(wait_.connect);
             create_socket(next.family);
             return async_chat::connect(next);
         } catch (const std::system_error& error) {
@@ -1223,20 +1242,20 @@ void SMTP::attempt() {
 
 void SMTP::handle_connect() {
     candidates_.clear();
-    due_ = asyncore::clock::now() + wait_.greeting;
+    due_ = after(wait_.greeting);
+    greeting_ = true;
 }
 
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
     if (then_) throw std::logic_error("one command at a time");
     then_ = std::move(then);
-    due_ = asyncore::clock::now() + wait;
+    due_ = after(wait);
     replies_left_ = 1;
     worst_ = {};
 }
 
 void SMTP::docmd(const std::string& cmd, handler then) {
-    if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
-        throw std::invalid_argument("command and arguments contain prohibited newline characters");
+    check_command(cmd);
     if (!connected) return then({-1, "not connected"});
     expect(std::move(then), wait_.command);
     async_chat::push(cmd + "\r\n");
@@ -1292,15 +1311,16 @@ void SMTP::data(std::string msg, handler then) {
     if (!connected) return;
     message_ = std::move(msg);
     awaiting_354_ = true;
-    due_ = asyncore::clock::now() + wait_.data_initiation;
+    due_ = after(wait_.data_initiation);
 }
 
 void SMTP::send_message() {
     awaiting_354_ = false;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
     auto source = std::make_unique<message_producer>(std::exchange(message_, {}));
-    sending_ = !source->done();
-    due_ = asyncore::clock::now() + wait_.data_block;
+    sending_ = true;
+    sent_ = false;
+    due_ = after(wait_.data_block);
     push_with_producer(std::move(source));
 }
 
@@ -1311,7 +1331,7 @@ void SMTP::quit() {
     if (!connected || awaiting_354_ || !producer_fifo.empty()) return close();
     quitting_ = true;
     if (!then_) async_chat::push("QUIT\r\n");
-    due_ = std::min(due_, asyncore::clock::now() + wait_.quit);
+    due_ = std::min(due_, after(wait_.quit));
 }
 
 void SMTP::forget() {
@@ -1327,18 +1347,18 @@ struct SMTP::mailing {
     bool all;
     std::function<void(const reply&, const refused&)> then;
     refused refused_so_far{};
+    reply last_refusal{554, "Error: no recipients"};
     std::size_t next = 0;
 
     static void say_RCPT(const std::shared_ptr<mailing>& it) {
         if (it->next == it->to_addrs.size()) {
-            if (it->refused_so_far.size() == it->to_addrs.size())
-                return it->then(it->refused_so_far.begin()->second, it->refused_so_far);
+            if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
             return it->session.data(std::move(it->msg),
                                     [it](const reply& answer) { it->then(answer, it->refused_so_far); });
         }
         it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
             const bool yes = answer.code == 250 || answer.code == 251;
-            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = answer;
+            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = it->last_refusal = answer;
             ++it->next;
             if (!yes && (it->all || !it->session.connected)) return it->then(answer, it->refused_so_far);
             say_RCPT(it);
@@ -1381,22 +1401,27 @@ void SMTP::found_terminator() {
 }
 
 void SMTP::report(const reply& answer) {
+    const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
+    const bool expected = greeting_ ? answer.code == 220 : awaiting_354_ ? answer.code == 354 : !unfinished;
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
-    if (!producer_fifo.empty() && answer.code < 400) return fail("an answer came before the command");
-    if (awaiting_354_ && answer.code == 354 && ac_in_buffer().empty()) return send_message();
-    const bool broken_off = answer.code == 421 || !producer_fifo.empty();   // no more of this message then
+    if (!expected && answer.code < 400) return fail("the answer makes no sense");
+    const bool surplus = !ac_in_buffer().empty();
+    if (awaiting_354_ && expected && !surplus) return send_message();
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
-    if (--replies_left_ > 0 && !broken_off) return;
-    if (!ac_in_buffer().empty() && !broken_off) return fail("there are more answers than commands");
-    awaiting_354_ = sending_ = false;
+    const bool over = answer.code == 421 || unfinished;
+    if (--replies_left_ > 0 && !over) return;
+    // More answers than commands: the one to a message counts, it is the server's to keep now.
+    if (surplus && !sending_ && !over) return fail("there are more answers than commands");
+    greeting_ = awaiting_354_ = sending_ = false;
     message_ = {};
     due_ = asyncore::clock::time_point::max();
     const handler then = std::exchange(then_, nullptr);
     const reply decisive = worst_;
-    if (broken_off) close();
+    const bool leaving = quitting_;
+    if (over || surplus) close();
     then(decisive);
-    if (quitting_ && connected && !then_) {
-        due_ = asyncore::clock::now() + wait_.quit;
+    if (leaving && connected) {
+        due_ = after(wait_.quit);
         async_chat::push("QUIT\r\n");
     }
 }
@@ -1416,12 +1441,15 @@ void SMTP::close() {
 
 void SMTP::handle_write() {
     async_chat::handle_write();
-    if (!sending_) return;
-    sending_ = !producer_fifo.empty();
-    due_ = asyncore::clock::now() + (sending_ ? wait_.data_block : wait_.data_termination);
+    if (sending_ && !sent_) due_ = after(wait_.data_block);
 }
 
-void SMTP::handle_close() { connecting ? attempt() : fail("the connection was closed"); }
+void SMTP::handle_close() {
+    if (connecting) return attempt();
+    // The server takes no more of the message: it may have said why.
+    if (sending_ && !producer_fifo.empty() && !std::exchange(cut_off_, true)) return producer_fifo.clear();
+    fail("the connection was closed");
+}
 
 void SMTP::handle_error() {
     try {
@@ -1434,7 +1462,13 @@ void SMTP::handle_error() {
     }
 }
 
-asyncore::clock::time_point SMTP::deadline() { return std::min(async_chat::deadline(), due_); }
+asyncore::clock::time_point SMTP::deadline() {
+    if (sending_ && !sent_ && producer_fifo.empty()) {
+        sent_ = true;
+        due_ = after(wait_.data_termination);
+    }
+    return std::min(async_chat::deadline(), due_);
+}
 
 void SMTP::handle_timeout() {
     if (due_ > asyncore::clock::now()) return async_chat::handle_timeout();
@@ -1444,6 +1478,8 @@ void SMTP::handle_timeout() {
 
 SMTP::refused sendmail(const address& server, const std::string& from_addr, const std::vector<std::string>& to_addrs,
                        std::string msg, const timeouts& wait) {
+    check_command(from_addr);
+    for (const auto& addr : to_addrs) check_command(addr);
     asyncore::map_type map;
     SMTP session(&map, wait);
     reply result;
@@ -1533,11 +1569,11 @@ void ProxyChannel::connect_to(PureProxy::side to, SMTP::handler then) {
 
 // Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between.
 void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    const auto go_on = [this, to, then](const reply& answer) {
-        answer.code == 250 ? say_MAIL(to, then) : then(answer);
-    };
-    lane& it = of(to);
-    it.stale ? reset(it, go_on) : it.session ? go_on({250, ""}) : connect_to(to, go_on);
+    reset(of(to), [this, to, then](const reply&) {
+        if (of(to).session) return say_MAIL(to, then);
+        connect_to(to,
+                   [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
+    });
 }
 
 // Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
@@ -1553,9 +1589,7 @@ void ProxyChannel::reset(lane& it, SMTP::handler then) {
 
 void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     lane& it = of(to);
-    if (!it.session)   // it was lost while it was reset
-        return connect_to(
-            to, [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
+    if (!it.session) return then({});
     std::vector<std::string> with;
     for (const auto& option : mail_options) {
         const std::string name = option.substr(0, option.find('='));
@@ -1839,6 +1873,7 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
 
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
+    if (recipients.empty()) return then({554, "Error: no recipients"});
     // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
     const std::vector<std::string> others(recipients.begin() + 1, recipients.end());
     SMTP::handler next = then;

@@ -223,6 +223,7 @@ class SMTPChannel : public asynchat::async_chat {
     virtual ProxyChannel* proxy_channel() { return nullptr; }
     void handle_command(std::string_view line, std::size_t size);
     void handle_message(std::string&& line, std::size_t size);
+    void make_room(std::size_t more);
     std::string syntax(std::string_view verb) const;
     bool in_hand() const { return smtp_state == DATA || paused(); }
     void say_goodbye(std::string_view reply);
@@ -278,7 +279,8 @@ class SMTPServer : public asyncore::dispatcher {
     void turn_away();
 
     std::vector<SMTPChannel*> channels_;
-    asyncore::socket_type spare_;   // given up for a moment when descriptors run out
+    std::size_t message_size_ = 0;   // of the last message
+    asyncore::socket_type spare_;    // given up for a moment when descriptors run out
     asyncore::clock::time_point rested_{};
     bool resting_ = false;
 };
@@ -401,7 +403,9 @@ class SMTP : public asynchat::async_chat {
     std::string line_, why_;
     reply answer_, worst_;
     std::string message_;
-    bool quitting_ = false, awaiting_354_ = false, sending_ = false;
+    bool greeting_ = false, awaiting_354_ = false;            // what the next answer is to
+    bool sending_ = false, sent_ = false, cut_off_ = false;   // the message: under way, sent, broken off by the server
+    bool quitting_ = false;
     std::size_t accepted_ = 0;       // recipients of this transaction
     std::size_t replies_left_ = 1;   // that the command under way will bring
 };

@@ -67,7 +67,7 @@ std::string run(const entry& it, bool look_for_leaks) {
     try {
         it.body();
     } catch (const std::exception& error) {
-        return error.what();
+        return *error.what() ? error.what() : "an exception without a text";
     } catch (...) {
         return "unknown exception";
     }

@@ -664,7 +664,7 @@ class Maker:
             text = self.addr_spec()
         else:
             text = self.cfws() + '<' + (self.route() if self.chance(0.2) else '') + self.addr_spec()
-            text += self.pick('>', '>', '>', '>', '>', '>', '>', '', '>>', ' >')
+            text += self.pick('>', '>', '>', '>', '>', '>', '>', '', '>>', ' >') + self.cfws()
         if self.chance(0.1):
             text = self.pick('Joe ', 'group: ', '"Joe" ', '<', '(x)') + text
         if self.chance(0.2):
