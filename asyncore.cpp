@@ -458,22 +458,18 @@ struct map_type::visit {
 // One pass over a map: who waits for what, and until when.
 struct map_type::pass : visit {
     std::vector<pollfd> wanted;   // in the order of descriptors
-    std::vector<std::uint64_t> wanted_by;
+    std::uint64_t newest = 0;     // the last registration that was asked
     clock::time_point nearest = clock::time_point::max();
 
     explicit pass(map_type& m) : visit(m) {
         wanted.swap(map.wanted_);
-        wanted_by.swap(map.wanted_by_);
         wanted.clear();
-        wanted_by.clear();
     }
 
-    ~pass() {
-        wanted.swap(map.wanted_);
-        wanted_by.swap(map.wanted_by_);
-    }
+    ~pass() { wanted.swap(map.wanted_); }
 
     void collect() {
+        newest = map.registrations_;
         for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
             const slot asked = map.slots_[fd];
             if (!asked.object) continue;
@@ -485,7 +481,6 @@ struct map_type::pass : visit {
             nearest = std::min(nearest, due);
             if (events == 0) continue;
             wanted.push_back({static_cast<int>(fd), events, 0});
-            wanted_by.push_back(asked.registration);
         }
     }
 
@@ -509,7 +504,11 @@ struct map_type::pass : visit {
         }
     }
 
-    dispatcher* find(std::size_t i) const { return map.find(wanted[i].fd, wanted_by[i]); }
+    // Whom the event was collected for: nobody, when that one has left, whoever has the descriptor now.
+    dispatcher* find(std::size_t i) const {
+        const slot& found = map.slots_[static_cast<std::size_t>(wanted[i].fd)];
+        return found.registration <= newest ? found.object : nullptr;
+    }
 
     void select(std::optional<double> timeout) {
         fd_set r_wanted, w_wanted, e_wanted, r, w, e;
@@ -521,30 +520,36 @@ struct map_type::pass : visit {
             if (want.events & POLLOUT) FD_SET(want.fd, &w_wanted);
             FD_SET(want.fd, &e_wanted);
         }
+        int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
             r = r_wanted, w = w_wanted, e = e_wanted;
             timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
                        static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
-            return ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
+            return left_to_do = ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
         });
         const struct {
             const fd_set& ready;
             void (*event)(dispatcher&);
         } steps[] = {{r, asyncore::read}, {w, asyncore::write}, {e, asyncore::_exception}};
         for (const auto& step : steps)
-            for (std::size_t i = 0; i < wanted.size(); ++i)
-                if (FD_ISSET(wanted[i].fd, &step.ready))
-                    if (dispatcher* obj = find(i)) step.event(*obj);
+            for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
+                if (!FD_ISSET(wanted[i].fd, &step.ready)) continue;
+                --left_to_do;
+                if (dispatcher* obj = find(i)) step.event(*obj);
+            }
     }
 
     void poll(std::optional<double> timeout) {
+        int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
             const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
-            return ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
+            return left_to_do = ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
         });
-        for (std::size_t i = 0; i < wanted.size(); ++i)
-            if (wanted[i].revents)
-                if (dispatcher* obj = find(i)) readwrite(*obj, wanted[i].revents);
+        for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
+            if (wanted[i].revents == 0) continue;
+            --left_to_do;
+            if (dispatcher* obj = find(i)) readwrite(*obj, wanted[i].revents);
+        }
     }
 
     int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }

@@ -177,8 +177,7 @@ class map_type {
     std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
     int depth_ = 0;                     // passes under way, one inside the other
     std::list<std::unique_ptr<dispatcher>> owned_, graveyard_;
-    std::vector<pollfd> wanted_;   // kept from pass to pass, to allocate once
-    std::vector<std::uint64_t> wanted_by_;
+    std::vector<pollfd> wanted_;       // kept from pass to pass, to allocate once
     std::unique_ptr<char[]> buffer_;   // see receive_buffer
     std::size_t buffer_size_ = 0;
 };
@@ -423,6 +422,12 @@ std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needl
 // collect_incoming_data() and found_terminator(). Any call that sends may find the peer gone and close the
 // object: look at `connected` when it matters. asynchat.py: async_chat
 class async_chat : public asyncore::dispatcher {
+    // What the loop asks for before each wait stands together.
+    std::size_t queued_ = 0;
+    bool paused_ = false;
+    bool input_over_ = false;
+    bool held_back_ = false;   // consume() stopped because input had to wait
+
   public:
     // None: no end; a number of bytes; or the bytes that end the input.
     using terminator = std::variant<std::monostate, std::size_t, std::string>;
@@ -432,6 +437,7 @@ class async_chat : public asyncore::dispatcher {
     // asynchat.py: async_chat.ac_in_buffer_size, async_chat.ac_out_buffer_size
     std::size_t ac_in_buffer_size = 65536;    // bytes asked of one recv()
     std::size_t ac_out_buffer_size = 65536;   // bytes given to one send()
+    std::size_t ac_out_queue_limit = 0;       // bytes queued past which input waits too; 0: none. Not in Python.
     std::string incoming;                     // see _collect_incoming_data()
     std::deque<fifo_item> producer_fifo;      // output not sent yet
 
@@ -494,13 +500,16 @@ class async_chat : public asyncore::dispatcher {
     bool paused() const { return paused_; }
 
   protected:
-    // Input has to wait: paused, or whatever else a subclass knows.
-    virtual bool stalled() const { return paused_; }
+    // Nothing more is read: what is queued is sent, and then the session ends.
+    void end_input() { input_over_ = true; }
+    bool input_over() const { return input_over_; }
     // Puts bytes in front of the input, as if they had not been read yet.
     void unread(std::string_view bytes);
 
   private:
     class corked;
+    // Input has to wait.
+    bool stalled() const { return paused_ || input_over_ || (ac_out_queue_limit && queued_ > ac_out_queue_limit); }
     void consume();
     bool consume_some();
     void keep_input();
@@ -511,11 +520,8 @@ class async_chat : public asyncore::dispatcher {
     std::string_view input_;   // what is to be consumed: in kept_, or in the loop's receive buffer
     std::string spare_;        // an empty string with room, so that a reply needs no allocation
     std::size_t sent_ = 0;     // bytes of the first item that have gone
-    std::size_t queued_ = 0;
-    int corks_ = 0;   // read events under way
+    int corks_ = 0;            // read events under way
     bool sending_ = false;
-    bool paused_ = false;
-    bool held_back_ = false;   // consume() stopped because input had to wait
 };
 
 }   // namespace asynchat

@@ -496,6 +496,7 @@ deferred_reply message_options::defer() const {
 SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
                          const options& with)
     : async_chat(std::move(sock), with.map),
+      idle_timeout(with.idle_timeout),
       smtp_server(&server),
       conn(socket.get()),
       data_size_limit(with.data_size_limit),
@@ -503,13 +504,13 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
       _decode_data(with.decode_data),
       fqdn(with.fqdn),
       peer(addr),   // async_chat has asked the socket for it
-      idle_timeout(with.idle_timeout),
+
       rcpt_limit(with.rcpt_limit),
-      reply_queue_limit(with.reply_queue_limit),
       index_(server.channels_.size()) {
     if (enable_SMTPUTF8 && _decode_data)
         throw std::invalid_argument("decode_data and enable_SMTPUTF8 cannot be set to True at the same time");
     addr = from;
+    ac_out_queue_limit = with.reply_queue_limit;   // Python goes on
     _set_rset_state();
     server.channels_.push_back(this);
     if (!connected) close();   // the client has gone before we could look
@@ -685,15 +686,10 @@ void SMTPChannel::stop(asyncore::clock::time_point bound) {
 }
 
 void SMTPChannel::say_goodbye(std::string_view reply) {
-    if (leaving_) return;
+    if (input_over()) return;
     push(reply);
     close_when_done();
-    leaving_ = true;
-}
-
-// Nothing more is read after QUIT, nor while too many replies wait to be fetched. (Python goes on.)
-bool SMTPChannel::stalled() const {
-    return async_chat::stalled() || leaving_ || (reply_queue_limit && queued() > reply_queue_limit);
+    end_input();
 }
 
 asyncore::clock::time_point SMTPChannel::deadline() {
@@ -704,7 +700,7 @@ asyncore::clock::time_point SMTPChannel::deadline() {
 
 void SMTPChannel::handle_timeout() {
     if (async_chat::deadline() == asyncore::clock::time_point::min()) return async_chat::handle_timeout();
-    if (leaving_ || queued() > 0) return close();   // it does not even fetch what it was told
+    if (input_over() || queued() > 0) return close();   // it does not even fetch what it was told
     active_ = asyncore::clock::now();
     bound_ = asyncore::clock::time_point::max();
     say_goodbye("421 Error: timeout exceeded");
@@ -718,8 +714,8 @@ void SMTPChannel::handle_write() {
 
 // The client has closed its side: what it is owed is sent before ours is closed. (Python drops it.)
 void SMTPChannel::handle_close() {
-    if (leaving_ || queued() == 0) return close();
-    leaving_ = true;
+    if (input_over() || queued() == 0) return close();
+    end_input();
     close_when_done();
 }
 

@@ -109,7 +109,12 @@ struct message_options {
 
 // One client's conversation. smtpd.py: SMTPChannel
 class SMTPChannel : public asynchat::async_chat {
+    asyncore::clock::time_point active_ = asyncore::clock::now();              // the idle clock's start
+    asyncore::clock::time_point bound_ = asyncore::clock::time_point::max();   // see stop()
+
   public:
+    std::chrono::milliseconds idle_timeout;
+
     // smtpd.py: SMTPChannel.COMMAND, SMTPChannel.DATA
     enum state { COMMAND = 0, DATA = 1 };
     using argument = std::optional<std::string_view>;   // what follows the verb; None when there is no space
@@ -139,8 +144,7 @@ class SMTPChannel : public asynchat::async_chat {
     // smtpd.py: SMTPChannel.max_command_size_limit
     std::size_t max_command_size_limit() const;
 
-    std::chrono::milliseconds idle_timeout;
-    std::size_t rcpt_limit, reply_queue_limit;
+    std::size_t rcpt_limit;
 
     // Throws std::invalid_argument for SMTPUTF8 together with decode_data. Says nothing yet: see start().
     SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr,
@@ -213,8 +217,6 @@ class SMTPChannel : public asynchat::async_chat {
     // The answer that the client has been waiting for since pause(): it is sent, and the channel goes on.
     void answer(std::string_view reply);
 
-    bool stalled() const override;
-
   private:
     friend class SMTPServer;
     friend class deferred_reply;
@@ -228,13 +230,10 @@ class SMTPChannel : public asynchat::async_chat {
     bool in_hand() const { return smtp_state == DATA || paused(); }
     void say_goodbye(std::string_view reply);
 
-    asyncore::clock::time_point active_ = asyncore::clock::now();              // the idle clock's start
-    asyncore::clock::time_point bound_ = asyncore::clock::time_point::max();   // see stop()
-    std::size_t index_;                                                        // in smtp_server->channels_
+    std::size_t index_;                      // in smtp_server->channels_
     deferred_reply::owed* owed_ = nullptr;   // the answer that process_message() has deferred
     std::size_t declared_size_ = 0;          // SIZE= of this MAIL
     bool data_starts_ = false;               // the CR LF of the DATA line is still to come
-    bool leaving_ = false;                   // QUIT or 421 was said: nothing more is read
 };
 
 // Listens, and makes a channel for each client. smtpd.py: SMTPServer
