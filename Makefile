@@ -6,21 +6,31 @@ CXX = c++
 CXXFLAGS = -O2
 WARNINGS = -Wall -Wextra -Wpedantic
 LDFLAGS =
+DESTDIR =
 PREFIX = /usr/local
+
 LIBRARY = asyncore.o smtpd.o
-TESTS = tests/test_main.o tests/support.o tests/test_map.o tests/test_conversations.o tests/test_addresses.o
+HEADERS = asyncore.hpp smtpd.hpp
+TESTS = tests/test_main.o tests/support.o tests/upstream.o tests/test_addresses.o tests/test_asynchat.o \
+	tests/test_asyncore.o tests/test_cli.o tests/test_conversations.o tests/test_defer.o tests/test_deviations.o \
+	tests/test_dispatcher.o tests/test_mailman.o tests/test_map.o tests/test_pause.o tests/test_proxy.o \
+	tests/test_relay.o tests/test_smtpd.o tests/test_smtplib.o
 
 all: smtpd
 
 smtpd: main.o $(LIBRARY)
 	$(CXX) -o $@ $(LDFLAGS) main.o $(LIBRARY)
 
+libsmtpd.a: $(LIBRARY)
+	rm -f $@
+	ar rc $@ $(LIBRARY)
+
 .cpp.o:
 	$(CXX) -std=c++17 $(WARNINGS) $(CXXFLAGS) -I. -c -o $@ $<
 
 asyncore.o: asyncore.hpp
-smtpd.o main.o: smtpd.hpp asyncore.hpp
-$(TESTS): tests/reference.hpp tests/test.hpp tests/support.hpp smtpd.hpp asyncore.hpp
+smtpd.o main.o: $(HEADERS)
+$(TESTS): $(HEADERS) tests/test.hpp tests/support.hpp tests/dialog.hpp tests/reference.hpp tests/scene.hpp tests/upstream.hpp
 
 run: smtpd
 	./smtpd -n -c DebuggingServer localhost:8025
@@ -31,5 +41,22 @@ test: smtpd tests/core
 tests/core: $(TESTS) $(LIBRARY)
 	$(CXX) -o $@ $(LDFLAGS) $(TESTS) $(LIBRARY) -lpthread
 
+bench:
+	tests/bench/bench.py
+
+amalgamation:
+	sh tests/dist/amalgamate.sh
+
+install: smtpd libsmtpd.a
+	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/share/man/man1
+	cp smtpd $(DESTDIR)$(PREFIX)/bin
+	cp $(HEADERS) $(DESTDIR)$(PREFIX)/include
+	cp libsmtpd.a $(DESTDIR)$(PREFIX)/lib
+	cp tests/dist/smtpd.1 $(DESTDIR)$(PREFIX)/share/man/man1
+
+uninstall:
+	cd $(DESTDIR)$(PREFIX) && rm -f bin/smtpd include/asyncore.hpp include/smtpd.hpp lib/libsmtpd.a share/man/man1/smtpd.1
+
 clean:
-	rm -f smtpd *.o tests/*.o tests/core
+	rm -f smtpd libsmtpd.a *.o tests/*.o tests/core
+	rm -rf dist

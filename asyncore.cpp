@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <ctime>
 #include <iostream>
 
 namespace asyncore {
@@ -51,7 +52,9 @@ constexpr int no_signal = 0;
 
 // A new socket, non-blocking and closed on exec, where the call that made it could not say so.
 std::unique_ptr<socket_type> prepared(int fd) {
-    auto sock = std::make_unique<socket_type>(fd);
+    socket_type holder(fd);   // closes it when there is no memory
+    auto sock = std::make_unique<socket_type>();
+    *sock = std::move(holder);
 #ifndef SOCK_NONBLOCK
     set_nonblocking(fd, true);
     if (::fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) raise(errno, "fcntl");
@@ -304,6 +307,7 @@ std::pair<std::unique_ptr<socket_type>, address> socket_type::accept() {
         return ::accept(fd_, generic(storage), &size);
 #endif
     });
+    if (fd < 0 && (would_block(errno) || errno == ECONNABORTED)) return {};
     if (fd < 0) raise(errno, "accept");
     return {prepared(fd), address::from(storage, size)};
 }
@@ -434,7 +438,7 @@ void readwrite(dispatcher& obj, short flags) {
     } catch (const std::system_error& error) {
         if (gone()) return;
         if (error.code().category() == std::generic_category() && DISCONNECTED(error.code().value()))
-            obj.handle_close();
+            deliver(obj, &dispatcher::handle_close);
         else
             obj.handle_error();
     } catch (...) {
@@ -480,7 +484,13 @@ struct map_type::pass : visit {
             if (map.slots_[fd].registration != asked.registration) continue;   // closed by one of the three
             nearest = std::min(nearest, due);
             if (events == 0) continue;
-            wanted.push_back({static_cast<int>(fd), events, 0});
+            try {
+                wanted.push_back({static_cast<int>(fd), events, 0});
+            } catch (const std::bad_alloc&) {
+                // Those that there is room for have their turn; the others soon.
+                nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
+                return;
+            }
         }
     }
 
@@ -500,7 +510,13 @@ struct map_type::pass : visit {
                 left = until <= now ? left.zero() : ceil<microseconds>(until - now);
             }
             if (wait(left) >= 0) return;
-            if (errno != EINTR) raise(errno, "poll");
+            if (errno == EAGAIN || errno == ENOMEM) {
+                // Python: the loop ends. The system is short of something, and may have it again soon.
+                const timespec moment{0, 10000000};
+                ::nanosleep(&moment, nullptr);
+            } else if (errno != EINTR) {
+                raise(errno, "poll");
+            }
         }
     }
 
@@ -637,6 +653,9 @@ dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(
             throw;
         }
         connected = false;   // a socket that is not connected may be given as well
+    } catch (...) {
+        _map->remove(_fileno, *this);
+        throw;
     }
 }
 
@@ -701,13 +720,9 @@ void dispatcher::connect(const address& address) {
 }
 
 std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::accept() {
-    try {
-        return socket->accept();
-    } catch (const std::system_error& error) {
-        const int err = error.code().value();
-        if (would_block(err) || err == ECONNABORTED) return std::nullopt;
-        throw;
-    }
+    auto pair = socket->accept();
+    if (!pair.first) return std::nullopt;
+    return pair;
 }
 
 std::size_t dispatcher::send(std::string_view data) {
@@ -806,14 +821,19 @@ std::string dispatcher::current_exception_text() {
     return type + ":" + quoted.substr(1, quoted.size() - 2);
 }
 
-void dispatcher::handle_error() {
-    // Python: what fails in here ends the loop; here the connection is all that is lost.
+void dispatcher::log_exception(std::string_view what) {
     try {
-        log_info("uncaptured C++ exception, closing channel " + repr() + " (" + current_exception_text() + ")",
-                 "error");
+        log_info(std::string(what) + " " + repr() + " (" + current_exception_text() + ")", "error");
     } catch (const ExitNow&) {
         throw;
-    } catch (...) {}
+    } catch (...) {
+        // not even that can be told
+    }
+}
+
+void dispatcher::handle_error() {
+    log_exception("uncaptured C++ exception, closing channel");
+    // Python: what fails in here ends the loop; here the connection is all that is lost.
     try {
         handle_close();
     } catch (const ExitNow&) {
@@ -973,6 +993,7 @@ void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate()
 
 void async_chat::handle_read() {
     using namespace asyncore;
+    if (held_back_) return;   // first what has come before
     // What was left over goes in front of what is received, so that a terminator is always in one piece.
     const std::string left(input_);
     receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
@@ -1000,7 +1021,8 @@ void async_chat::handle_read() {
 void async_chat::keep_input() {
     if (!connected) input_ = {};
     if (input_.empty() && kept_.capacity() > 1024) std::string().swap(kept_);
-    kept_.assign(input_.data(), input_.size());
+    const std::string_view rest = std::exchange(input_, {});
+    kept_.assign(rest.data(), rest.size());
     input_ = kept_;
 }
 
@@ -1071,11 +1093,24 @@ void async_chat::unread(std::string_view bytes) {
     rest += input_;
     kept_ = std::move(rest);
     input_ = kept_;
+    if (corks_ == 0) held_back_ = true;   // the loop comes for it
 }
 
 void async_chat::handle_write() { initiate_send(); }
 
 void async_chat::handle_close() { close(); }
+
+void async_chat::close() {
+    // Python has sent by now what was pushed in this event.
+    if (corks_ > 0 && connected && queued_ > 0) {
+        try {
+            initiate_send();
+        } catch (...) {
+            // it is closed anyway
+        }
+    }
+    dispatcher::close();
+}
 
 void async_chat::handle_expt() {
     char urgent;
@@ -1118,7 +1153,7 @@ void async_chat::push_with_producer(std::unique_ptr<producer> source) {
     if (corks_ == 0) initiate_send();
 }
 
-bool async_chat::readable() { return !stalled(); }
+bool async_chat::readable() { return !stalled() && !held_back_; }
 
 bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
 
@@ -1168,12 +1203,24 @@ void async_chat::initiate_send() {
 // because it may discard the queue.
 void async_chat::refill() {
     auto source = std::move(std::get<std::unique_ptr<producer>>(producer_fifo.front()));
-    std::string data = source->more();
-    if (producer_fifo.empty()) return;
+    const auto its_place = [this]() -> std::unique_ptr<producer>* {
+        auto* first = producer_fifo.empty() ? nullptr : std::get_if<std::unique_ptr<producer>>(&producer_fifo.front());
+        return first && !*first ? first : nullptr;
+    };
+    std::string data;
+    try {
+        data = source->more();
+    } catch (...) {
+        if (auto* place = its_place()) *place = std::move(source);
+        throw;
+    }
+    auto* place = its_place();
+    if (!place) return;
     if (data.empty()) return producer_fifo.pop_front();
-    producer_fifo.front() = std::move(source);
-    queued_ += data.size();
+    *place = std::move(source);
+    const std::size_t size = data.size();
     producer_fifo.emplace_front(std::move(data));
+    queued_ += size;
 }
 
 void async_chat::discard_buffers() {

@@ -122,8 +122,9 @@ class socket_type {
     void setblocking(bool flag);
     void bind(const address& addr);
     void listen(int backlog);
-    int connect_ex(const address& addr);                         // 0 or an errno
-    std::pair<std::unique_ptr<socket_type>, address> accept();   // non-blocking, close-on-exec
+    int connect_ex(const address& addr);   // 0 or an errno
+    // Non-blocking, close-on-exec; null when nobody waits.
+    std::pair<std::unique_ptr<socket_type>, address> accept();
     address getpeername() const;
     address getsockname() const;
 
@@ -324,6 +325,8 @@ class dispatcher {
   protected:
     // "std::system_error:what()" of the exception being handled, fit to print.
     static std::string current_exception_text();
+    // Logs it, after `what` and repr(), as far as that can be done.
+    void log_exception(std::string_view what);
 
   private:
     friend class map_type;
@@ -467,6 +470,7 @@ class async_chat : public asyncore::dispatcher {
     void handle_write() override;
     // asynchat.py: async_chat.handle_close
     void handle_close() override;
+    void close() override;
     void handle_expt() override;   // takes the urgent byte away, or it would be announced for ever
     asyncore::clock::time_point deadline() override;
     void handle_timeout() override;
@@ -496,7 +500,7 @@ class async_chat : public asyncore::dispatcher {
     // While it is paused, a session reads nothing and handles nothing; what it has received waits. After
     // resume() the loop goes on with that first. Not in Python.
     void pause() { paused_ = true; }
-    void resume() { paused_ = false; }
+    virtual void resume() { paused_ = false; }
     bool paused() const { return paused_; }
 
   protected:

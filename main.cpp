@@ -250,7 +250,7 @@ class signal_watch : public asyncore::file_dispatcher {
     explicit signal_watch(smtpd::SMTPServer& server) : file_dispatcher(signal_pipe[0]), server_(server) {
         struct sigaction action {};
         action.sa_handler = on_signal;
-        action.sa_flags = static_cast<int>(SA_RESETHAND);
+        action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);   // a write to stdout goes on
         for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
     }
     bool writable() override { return false; }

@@ -1,6 +1,8 @@
 #include "smtpd.hpp"
 
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -20,6 +22,8 @@ std::ostream& default_debugstream() {
 }
 
 namespace {
+
+constexpr std::chrono::hours for_ever{24 * 365 * 100};
 
 bool debugging() { return default_debugstream().rdbuf() != nullptr; }
 
@@ -460,18 +464,34 @@ struct deferred_reply::owed {
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
     ~owed() {
-        try {
-            settle("451 Error: message not processed");
-        } catch (...) {
-            // there is nobody left to tell
-        }
+        // The last who could have answered has gone without a word.
+        if (SMTPChannel* waiting = let_go()) guarded(*waiting, [&] { waiting->answer_lost(); });
+    }
+
+    // Whom to answer; nobody, when that has been done, or the client has gone.
+    SMTPChannel* let_go() {
+        if (!channel) return nullptr;
+        channel->owed_ = nullptr;
+        return std::exchange(channel, nullptr);
     }
 
     void settle(std::string_view reply) {
-        if (!channel) return;
-        SMTPChannel& waiting = *std::exchange(channel, nullptr);
-        waiting.owed_ = nullptr;
-        if (!in_hook) waiting.answer(reply.empty() ? "250 OK" : reply);
+        if (SMTPChannel* waiting = let_go())
+            guarded(*waiting, [&] { waiting->answer(reply.empty() ? "250 OK" : reply); });
+    }
+
+    // A client that can't be answered is not left waiting.
+    template <typename Answer>
+    static void guarded(SMTPChannel& waiting, Answer answer) noexcept {
+        try {
+            answer();
+        } catch (...) {
+            try {
+                waiting.close();
+            } catch (...) {
+                // it has left the map all the same
+            }
+        }
     }
 };
 
@@ -512,8 +532,8 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
     addr = from;
     ac_out_queue_limit = with.reply_queue_limit;   // Python goes on
     _set_rset_state();
-    server.channels_.push_back(this);
     if (!connected) close();   // the client has gone before we could look
+    server.channels_.push_back(this);
 }
 
 SMTPChannel::~SMTPChannel() {
@@ -564,7 +584,8 @@ void SMTPChannel::push(std::string_view msg) {
 void SMTPChannel::collect_incoming_data(std::string_view data) {
     // A command is as old as its first byte, a message as its last.
     if (smtp_state == DATA || num_bytes == 0) active_ = asyncore::clock::now();
-    if (std::exchange(data_starts_, false)) data.remove_prefix(2);
+    if (std::exchange(data_starts_, false) && data.substr(0, 2) == "\r\n") data.remove_prefix(2);
+    if (data.empty()) return;
     const std::size_t limit = smtp_state == DATA ? data_size_limit : max_command_size_limit();
     if (limit && num_bytes > limit) return;
     num_bytes += data.size();
@@ -586,8 +607,8 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
 void SMTPChannel::make_room(std::size_t more) {
     const std::size_t needed = received_lines.size() + more;
     if (needed <= received_lines.capacity()) return;
-    received_lines.reserve(
-        std::max({needed, received_lines.capacity() * 2, declared_size_, smtp_server->message_size_}));
+    received_lines.reserve(std::max({needed, received_lines.capacity() * 2, declared_size_,
+                                     std::min<std::size_t>(smtp_server->message_size_, 1 << 22)}));
 }
 
 void SMTPChannel::found_terminator() {
@@ -655,13 +676,13 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     try {
         status = smtp_server->process_message(peer, mailfrom, rcpttos, std::move(received_data), kwargs);
     } catch (const asyncore::ExitNow&) {
+        reply->let_go();
         throw;
     } catch (...) {
         // Python: the connection is closed, without a reply.
         status = "451 Error: message not processed";
         reply->deferred = false;
-        log_info("uncaptured C++ exception in process_message of " + repr() + " (" + current_exception_text() + ")",
-                 "error");
+        log_exception("uncaptured C++ exception in process_message of");
     }
     _set_post_data_state();
     active_ = asyncore::clock::now();
@@ -673,9 +694,22 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     reply->settle(status.value_or(std::string()));
 }
 
+deferred_reply SMTPChannel::owe() {
+    auto owed = std::make_shared<deferred_reply::owed>(this);
+    owed->in_hook = false;
+    pause();
+    return deferred_reply(std::move(owed));
+}
+
+void SMTPChannel::answer_lost() { answer("451 Error: message not processed"); }
+
+void SMTPChannel::resume() {
+    async_chat::resume();
+    active_ = asyncore::clock::now();
+}
+
 void SMTPChannel::answer(std::string_view reply) {
     resume();
-    active_ = asyncore::clock::now();
     push(reply);
     if (bound_ != asyncore::clock::time_point::max() && !in_hand()) say_goodbye("421 Error: server is shutting down");
 }
@@ -694,16 +728,17 @@ void SMTPChannel::say_goodbye(std::string_view reply) {
 
 asyncore::clock::time_point SMTPChannel::deadline() {
     auto due = std::min(async_chat::deadline(), bound_);
-    if (idle_timeout.count() > 0 && !paused()) due = std::min(due, active_ + idle_timeout);
+    if (idle_timeout.count() > 0 && idle_timeout < for_ever && !paused()) due = std::min(due, active_ + idle_timeout);
     return due;
 }
 
 void SMTPChannel::handle_timeout() {
     if (async_chat::deadline() == asyncore::clock::time_point::min()) return async_chat::handle_timeout();
     if (input_over() || queued() > 0) return close();   // it does not even fetch what it was told
+    const bool bound = bound_ <= asyncore::clock::now();
+    say_goodbye(bound ? "421 Error: server is shutting down" : "421 Error: timeout exceeded");
     active_ = asyncore::clock::now();
-    bound_ = asyncore::clock::time_point::max();
-    say_goodbye("421 Error: timeout exceeded");
+    if (bound) close();
 }
 
 void SMTPChannel::handle_write() {
@@ -977,9 +1012,16 @@ std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore:
 }
 
 void SMTPServer::stop(std::chrono::milliseconds grace) {
-    close();
     const auto bound = asyncore::clock::now() + grace;
-    for (SMTPChannel* channel : std::vector<SMTPChannel*>(channels_)) channel->stop(bound);
+    try {
+        close();
+    } catch (const std::system_error&) {
+        // it listens no more, whatever close() says
+    }
+    for (std::size_t i = 0; i < channels_.size(); ++i) {   // none is destroyed before the pass ends
+        SMTPChannel& channel = *channels_[i];
+        deferred_reply::owed::guarded(channel, [&] { channel.stop(bound); });
+    }
 }
 
 asyncore::clock::time_point SMTPServer::deadline() { return resting_ ? rested_ : asyncore::clock::time_point::max(); }
@@ -995,25 +1037,32 @@ void SMTPServer::handle_accept() {
     } catch (const std::system_error& error) {
         const int err = error.code().value();
         if (err == EBADF || err == EINVAL || err == ENOTSOCK || err == EOPNOTSUPP || err == EFAULT) throw;
-        log_info(std::string("accept: ") + error.what(), "error");
+        log_exception("cannot accept a client of");
         turn_away();
+    } catch (const std::bad_alloc&) {
+        rest();
     }
 }
 
-// Descriptors have run out: the spare one serves to tell a client so. Then a rest, lest the loop spin.
+// Does not listen for a moment, lest the loop spin.
+void SMTPServer::rest() {
+    resting_ = true;
+    rested_ = asyncore::clock::now() + std::chrono::milliseconds(100);
+}
+
+// Descriptors have run out: the spare one serves to tell a client so.
 void SMTPServer::turn_away() {
-    spare_.close();
+    rest();
     try {
+        spare_.close();
         if (auto pair = accept()) {
             pair->first->send("421 Error: too many connections\r\n");
             pair->first->close();
         }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
         // it will be told another time
     }
     spare_ = asyncore::socket_type(open_spare());
-    resting_ = true;
-    rested_ = asyncore::clock::now() + std::chrono::milliseconds(100);
 }
 
 void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const address& from) {
@@ -1022,15 +1071,16 @@ void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, co
     try {
         auto made = channel_class(std::move(sock), from);
         if (!made) return;
-        channel = made.get();
-        channel->_map->own(std::move(made));
+        SMTPChannel& owned = *made;
+        owned._map->own(std::move(made));
+        channel = &owned;
         channel->start();
     } catch (const asyncore::ExitNow&) {
         throw;
     } catch (...) {
         // Python: the listener is closed. Here it is this client's loss alone.
-        log_info("uncaptured C++ exception in a new channel (" + current_exception_text() + ")", "error");
         if (channel) channel->close();
+        log_exception("uncaptured C++ exception in a new channel of");
     }
 }
 
@@ -1166,7 +1216,8 @@ std::size_t size_on_the_wire(std::string_view message) {
 
 // When that time has passed from now on; 0 is never.
 asyncore::clock::time_point after(std::chrono::milliseconds time) {
-    return time.count() > 0 ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
+    const bool ends = time.count() > 0 && time < for_ever;
+    return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
 }
 
 // Nothing may end a command early.
@@ -1237,6 +1288,11 @@ void SMTP::attempt() {
 }
 
 void SMTP::handle_connect() {
+    try {
+        socket->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // the last piece of a message shall not wait for an answer
+    } catch (const std::system_error&) {
+        // not a TCP socket
+    }
     candidates_.clear();
     due_ = after(wait_.greeting);
     greeting_ = true;
@@ -1428,7 +1484,11 @@ void SMTP::fail(const std::string& why) {
 }
 
 void SMTP::close() {
-    async_chat::close();
+    try {
+        async_chat::close();
+    } catch (const std::system_error&) {
+        // the descriptor is gone, and who waits has to know
+    }
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
     if (on_close) std::exchange(on_close, nullptr)();
@@ -1449,12 +1509,21 @@ void SMTP::handle_close() {
 
 void SMTP::handle_error() {
     try {
+        try {
+            throw;
+        } catch (const std::system_error& error) {
+            why_ = error.what();
+            if (connecting) return attempt();
+        } catch (const asyncore::ExitNow&) {
+            throw;
+        } catch (...) {
+            log_exception("uncaptured C++ exception, closing channel");
+        }
+        close();
+    } catch (const asyncore::ExitNow&) {
         throw;
-    } catch (const std::system_error& error) {
-        why_ = error.what();
-        connecting ? attempt() : close();
     } catch (...) {
-        async_chat::handle_error();
+        close();   // whoever waited has been called by now
     }
 }
 
@@ -1515,6 +1584,16 @@ std::string final_answer(const reply& answer) {
 
 }   // namespace
 
+// Ends a session that nobody is interested in any more.
+static void part_with(SMTP& session) noexcept {
+    session.forget();
+    try {
+        session.quit();
+    } catch (...) {
+        // what it was told to do last may fail: nobody listens any more
+    }
+}
+
 ProxyChannel* message_options::proxy_channel() const {
     const auto owed = owed_.lock();
     return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
@@ -1529,10 +1608,7 @@ ProxyChannel::~ProxyChannel() { dismiss_all(); }
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
 
 void ProxyChannel::dismiss(lane& it) {
-    SMTP* session = std::exchange(it.session, nullptr);
-    if (!session) return;
-    session->forget();
-    session->quit();
+    if (SMTP* session = std::exchange(it.session, nullptr)) part_with(*session);
 }
 
 void ProxyChannel::dismiss_all() {
@@ -1602,16 +1678,16 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     });
 }
 
-void ProxyChannel::say_RCPT(PureProxy::side to) {
+void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
     lane& it = of(to);
-    if (!it.session) return answer(refusal(to, {}));
-    it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it](const reply& said) {
+    if (!it.session) return reply.answer(refusal(to, {}));
+    it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it, reply](const auto& said) {
         if (said.code == 250 || said.code == 251) {
             it.accepted.push_back(rcpttos.back());
-            return answer("250 OK");
+            return reply.answer("250 OK");
         }
         rcpttos.pop_back();
-        answer(refusal(to, said));
+        reply.answer(refusal(to, said));
     });
 }
 
@@ -1629,34 +1705,40 @@ void ProxyChannel::answer_MAIL() {
     lost_ = false;
     for (auto& it : lanes_) it.begun = false;   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
-    pause();
-    begin(PureProxy::side::upstream, [this](const reply& said) {
-        if (said.code == 250) return answer("250 OK");
+    begin(PureProxy::side::upstream, [this, reply = owe()](const auto& said) {
+        if (said.code == 250) return reply.answer("250 OK");
         _set_post_data_state();
-        answer(refusal(PureProxy::side::upstream, said));
+        reply.answer(refusal(PureProxy::side::upstream, said));
     });
 }
 
 void ProxyChannel::answer_RCPT() {
     const auto to = proxy().route(rcpttos.back());
     if (proxy().address_of(to).none()) return push("250 OK");
-    pause();
-    if (of(to).begun) return say_RCPT(to);
-    begin(to, [this, to](const reply& said) {
-        if (said.code == 250) return say_RCPT(to);
+    const deferred_reply reply = owe();
+    if (of(to).begun) return say_RCPT(to, reply);
+    begin(to, [this, to, reply](const auto& said) {
+        if (said.code == 250) return say_RCPT(to, reply);
         rcpttos.pop_back();
-        answer(refusal(to, said));
+        reply.answer(refusal(to, said));
     });
+}
+
+// Nobody was left to pass an answer on: memory ran out, for one.
+void ProxyChannel::answer_lost() {
+    dismiss_all();
+    _set_post_data_state();
+    lost_ = true;
+    answer(not_available);
 }
 
 void ProxyChannel::smtp_RSET(argument arg) {
     if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
-    pause();
     lost_ = false;
-    reset(lanes_[0], [this](const reply&) {
-        reset(lanes_[1], [this](const reply&) {
+    reset(lanes_[0], [this, reply = owe()](const auto&) {
+        reset(lanes_[1], [this, reply](const auto&) {
             _set_rset_state();
-            answer("250 OK");
+            reply.answer("250 OK");
         });
     });
 }
@@ -1716,10 +1798,7 @@ void insert_header(std::string& data, const std::string& header) {
 }   // namespace
 
 PureProxy::~PureProxy() {
-    for (SMTP* session : std::exchange(deliveries_, {})) {
-        session->forget();
-        session->quit();
-    }
+    for (SMTP* session : std::exchange(deliveries_, {})) part_with(*session);
 }
 
 std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::socket_type> sock,

@@ -85,6 +85,7 @@ class deferred_reply {
 
   private:
     friend class SMTPChannel;
+    friend class SMTPServer;
     friend struct message_options;
     struct owed;
     explicit deferred_reply(std::shared_ptr<owed> reply) : owed_(std::move(reply)) {}
@@ -192,6 +193,7 @@ class SMTPChannel : public asynchat::async_chat {
     virtual void smtp_EXPN(argument arg);
 
     void close() override;
+    void resume() override;   // the idle clock starts anew
     void handle_close() override;
     void handle_write() override;
     asyncore::clock::time_point deadline() override;
@@ -214,8 +216,12 @@ class SMTPChannel : public asynchat::async_chat {
     // MAIL and RCPT are right and their values are set: answer them. 250 OK, unless a subclass knows better.
     virtual void answer_MAIL() { push("250 OK"); }
     virtual void answer_RCPT() { push("250 OK"); }
-    // The answer that the client has been waiting for since pause(): it is sent, and the channel goes on.
+    // Take over the answer to the command under way: the channel pauses until it is given.
+    deferred_reply owe();
+    // The answer that the client has been waiting for: it is sent, and the channel goes on.
     void answer(std::string_view reply);
+    // What owe() gave is gone, and nothing was answered: 451.
+    virtual void answer_lost();
 
   private:
     friend class SMTPServer;
@@ -276,6 +282,7 @@ class SMTPServer : public asyncore::dispatcher {
   private:
     friend class SMTPChannel;
     void turn_away();
+    void rest();
 
     std::vector<SMTPChannel*> channels_;
     std::size_t message_size_ = 0;   // of the last message
@@ -517,11 +524,12 @@ class ProxyChannel : public SMTPChannel {
     void begin(PureProxy::side to, SMTP::handler then);
     void reset(lane& it, SMTP::handler then);
     void say_MAIL(PureProxy::side to, SMTP::handler then);
-    void say_RCPT(PureProxy::side to);
+    void say_RCPT(PureProxy::side to, const deferred_reply& reply);
     bool relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
                std::string& data, SMTP::handler then);
     std::string refusal(PureProxy::side from, const reply& said);
     void dismiss(lane& it);
+    void answer_lost() override;
     void dismiss_all();
 
     lane lanes_[2];       // by side

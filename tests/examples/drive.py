@@ -1,0 +1,487 @@
+#!/usr/bin/env python3
+"""Runs one example with real clients, and checks what it does.
+
+    drive.py NAME PROGRAM [PORT]    one line, and 0 when it does what it should
+    drive.py free_port              prints a port that is free
+
+PORT is for examples that have theirs built in.
+"""
+
+import base64
+import contextlib
+import http.server
+import os
+import pathlib
+import random
+import re
+import select
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HOST = '127.0.0.1'
+PATIENCE = 10   # seconds, for what should happen at once
+MESSAGE = 'Subject: Test\n\nHello\n.\nworld\n'
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        return sock.getsockname()[1]
+
+
+def same(actual, expected):
+    assert actual == expected, '%r, not %r' % (actual, expected)
+
+
+class Program:
+    """A running example; when it is `announced`, it says first `listening on HOST:PORT`."""
+
+    def __init__(self, *args, announced=True, port=0):
+        self.process = subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.output = b''
+        self.port = port
+        if announced:
+            told = self.read_until(b'\n')
+            assert told.startswith(b'listening on 127.0.0.1:'), told
+            self.port = int(told.split(b':')[1])
+            self.output = b''
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def read_until(self, text):
+        """What it has printed up to now, which has `text` in it."""
+        end = time.monotonic() + PATIENCE
+        while text not in self.output:
+            ready = select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))[0]
+            piece = os.read(self.process.stdout.fileno(), 65536) if ready else b''
+            assert piece, '%r does not come after %r' % (text, self.output)
+            self.output += piece
+        return self.output
+
+    def connect(self):
+        """A connection, as soon as it listens."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return socket.create_connection((HOST, self.port), PATIENCE)
+            except ConnectionRefusedError:
+                if time.monotonic() > end or self.process.poll() is not None:
+                    raise
+                time.sleep(0.005)
+
+    def smtp(self, kind=smtplib.SMTP):
+        self.connect().close()
+        return kind(HOST, self.port, local_hostname='client', timeout=PATIENCE)
+
+    def send(self, message=MESSAGE, to='you@example.com'):
+        with self.smtp() as client:
+            client.sendmail('me@example.com', to, message)
+
+
+class Conversation:
+    """Lines over a socket."""
+
+    def __init__(self, program):
+        self.sock = program.connect()
+        self.file = self.sock.makefile('rb')
+
+    def say(self, line, replies=1):
+        self.sock.sendall(line.encode() + b'\r\n')
+        return self.hear(replies)
+
+    def hear(self, lines=1):
+        return b''.join(self.file.readline() for _ in range(lines)).decode()
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+
+def run(*args):
+    return subprocess.run([str(arg) for arg in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+
+
+def custom_server(path, port):
+    with Program(path, announced=False, port=port) as program:
+        program.send(to=['you@example.com', 'they@example.com'])
+        told = program.read_until(b'Message length')
+        assert told.startswith(b"Receiving message from: ('127.0.0.1', "), told
+        assert b'Message addressed from: me@example.com\nMessage addressed to  : 2 recipients\n' in told, told
+    return 'it told of a message'
+
+
+def debugging_server(path, port):
+    with Program(path, announced=False, port=port) as program:
+        program.send()
+        same(program.read_until(b'END MESSAGE ------------\n'),
+             b"---------- MESSAGE FOLLOWS ----------\nmail options: ['SIZE=34']\n"
+             b'Subject: Test\nX-Peer: 127.0.0.1\n\nHello\n.\nworld\n'
+             b'------------ END MESSAGE ------------\n')
+    return 'it printed a message'
+
+
+def my_smtpd(path):
+    where = '%s:%d' % (HOST, port := free_port())
+    with Program(path, '-n', '-c', 'Counter', where, announced=False, port=port) as program:
+        for _ in range(3):
+            program.send()
+        same(program.read_until(b'3 messages\n'), b'1 messages\n2 messages\n3 messages\n')
+        program.process.send_signal(signal.SIGTERM)
+        same(program.process.wait(PATIENCE), 0)
+    assert b'Counter' in run(path, '-h').stdout
+    return 'it counted three messages behind the whole command line'
+
+
+class Receiver:
+    """A server of one connection, in a thread: says each of `replies` when a line has come, keeps all lines."""
+
+    def __init__(self, port, greeting, reply):
+        self.listener = socket.create_server((HOST, port))
+        self.port = self.listener.getsockname()[1]
+        self.lines = []
+        self.greeting = greeting
+        self.reply = reply
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self):
+        with contextlib.closing(self.listener.accept()[0]) as sock, sock.makefile('rb') as file:
+            sock.settimeout(PATIENCE)
+            sock.sendall(self.greeting)
+            for line in file:
+                self.lines.append(line)
+                sock.sendall(self.reply(line))
+        self.listener.close()
+
+
+def receiver_of_mail(port=0):
+    """A mail server that takes everything."""
+    in_data = []
+
+    def reply(line):
+        if in_data and line != b'.\r\n':
+            return b''
+        in_data[:] = [True] if line == b'DATA\r\n' else []
+        return {b'DATA': b'354 go on\r\n', b'QUIT': b'221 bye\r\n'}.get(line.strip(), b'250 ok\r\n')
+
+    return Receiver(port, b'220 test\r\n', reply)
+
+
+def senddata(path, port):
+    receiver = receiver_of_mail(port)
+    result = run(path)
+    same((result.returncode, result.stdout), (0, b''))
+    receiver.thread.join(PATIENCE)
+    text = b''.join(receiver.lines)
+    assert b'MAIL FROM:<author@example.com>' in text and b'RCPT TO:<recipient@example.com>\r\n' in text, text
+    assert b'\r\n\r\nThis is the body of the message.\r\n.\r\n' in text, text
+    same(run(path).returncode, 1)   # nobody listens
+    return 'it sent a message, and told when it could not'
+
+
+def proxy(path):
+    receiver = receiver_of_mail()
+    with Program(path, port := free_port(), HOST, receiver.port, announced=False, port=port) as program:
+        program.send()
+        receiver.thread.join(PATIENCE)
+        try:
+            program.send()
+            raise AssertionError('acknowledged without a next server')
+        except smtplib.SMTPResponseException as error:
+            same(error.smtp_code, 451)
+    text = b''.join(receiver.lines)
+    assert b'RCPT TO:<you@example.com>\r\n' in text, text
+    assert b'\r\nX-Peer: 127.0.0.1\r\n\r\nHello\r\n..\r\nworld\r\n.\r\n' in text, text
+    return 'it passed a message on, and did not take the next one when it could not'
+
+
+def fake_upstream(path):
+    with Program(path, 0) as program, program.smtp() as client:
+        client.ehlo()
+        same(client.mail('me@example.com')[0], 250)
+        same([client.rcpt('you@example.com')[0] for _ in range(4)], [451, 451, 250, 250])
+        same(client.data(MESSAGE)[0], 250)
+    with Program(path, 0, '.=1=452 full', 'MAIL=0=550 never', 'RSET=1=close') as program, program.smtp() as client:
+        client.ehlo()
+        same([client.mail('me@example.com')[0] for _ in range(3)], [550] * 3)
+        try:
+            client.rset()
+            raise AssertionError('it is still there')
+        except smtplib.SMTPServerDisconnected:
+            pass
+    with Program(path, 0, '.=1=452 full') as program:
+        try:
+            program.send()
+            raise AssertionError('it took the first message')
+        except smtplib.SMTPDataError as error:
+            same(error.smtp_code, 452)
+        program.send()
+        program.read_until(b'taken: ')
+    return 'two recipients were put off, then all was well; other faults as told'
+
+
+def fixture_test(path):
+    result = run(path)
+    same((result.returncode, result.stdout), (0, b'4 tests passed\n'))
+    return 'its tests passed'
+
+
+def tsan(path):
+    return 'fixture: ' + fixture_test(path) + ' with ThreadSanitizer'
+
+
+def auth(path):
+    b64 = lambda text: base64.b64encode(text).decode()
+    with Program(path, 0, 'user:secret') as program:
+        for mechanism in 'PLAIN', 'LOGIN':
+            with program.smtp() as client:
+                client.ehlo()
+                same(client.esmtp_features['auth'].split(), ['PLAIN', 'LOGIN'])
+                same(client.mail('me@example.com')[0], 530)
+                client.user, client.password = 'user', 'wrong'
+                method = getattr(client, 'auth_' + mechanism.lower())
+                try:
+                    client.auth(mechanism, method)
+                    raise AssertionError('a wrong password does')
+                except smtplib.SMTPAuthenticationError as error:
+                    same(error.smtp_code, 535)
+                same(client.mail('me@example.com')[0], 530)
+                client.password = 'secret'
+                same(client.auth(mechanism, method, initial_response_ok=mechanism == 'LOGIN')[0], 235)
+                client.sendmail('me@example.com', 'you@example.com', MESSAGE)
+        talk = Conversation(program)
+        talk.hear()
+        for line, replies, expected in (
+                ('AUTH PLAIN', 1, '503 '), ('EHLO x', 5, '250-'), ('AUTH', 1, '504 '), ('AUTH CRAM-MD5', 1, '504 '),
+                ('AUTH PLAIN', 1, '334 \r\n'), ('*', 1, '501 '), ('AUTH PLAIN =', 1, '501 '),
+                ('AUTH PLAIN QQ=', 1, '501 '), ('AUTH PLAIN ====', 1, '501 '), ('AUTH PLAIN Q?==', 1, '501 '),
+                ('AUTH PLAIN ' + b64(b'user\0secret'), 1, '501 '), ('AUTH LOGIN', 1, '334 VXNlcm5hbWU6\r\n'),
+                (b64(b'user'), 1, '334 UGFzc3dvcmQ6\r\n'), ('MAIL FROM:<a@b>', 1, '501 '), ('NOOP', 1, '250 OK'),
+                ('AUTH LOGIN ' + b64(b'user'), 1, '334 '), ('x' * 5000, 1, '535 '),
+                ('AUTH PLAIN ' + b64(b'\0user\0secret'), 1, '235 '), ('AUTH PLAIN', 1, '503 '),
+                ('MAIL FROM:<a@b>', 1, '250 OK')):
+            reply = talk.say(line, replies)
+            assert reply.startswith(expected), '%r gets %r' % (line, reply)
+        talk.close()
+    with Program(path, 0) as program, program.smtp() as client:
+        client.login('anybody', 'anything')
+        client.sendmail('me@example.com', 'you@example.com', MESSAGE)
+    return 'PLAIN and LOGIN, right and wrong, and everybody let in'
+
+
+def maildir(path):
+    with tempfile.TemporaryDirectory() as folder:
+        box = pathlib.Path(folder, 'Maildir')
+        acknowledged, begun, kills = set(), 0, 25
+        for kill in range(kills):
+            with Program(path, box, 0) as program:
+                def send(first, count=10000):
+                    try:
+                        with smtplib.SMTP(HOST, program.port, 'client', PATIENCE) as client:
+                            for n in range(first, first + count):
+                                client.sendmail('me@example.com', 'you@example.com', message(n))
+                                acknowledged.add(n)
+                    except (smtplib.SMTPException, OSError):
+                        pass   # killed
+
+                senders = [threading.Thread(target=send, args=((begun + i) * 10000,)) for i in range(4)]
+                begun += len(senders)
+                for sender in senders:
+                    sender.start()
+                time.sleep(random.uniform(0.005, 0.2))
+                program.process.send_signal(signal.SIGKILL)
+                for sender in senders:
+                    sender.join()
+        stored = {}
+        for file in (box / 'new').iterdir():
+            text = file.read_text()
+            n = int(text.split('Subject: ')[1].split('\n')[0])
+            same(text, 'Return-Path: <me@example.com>\nDelivered-To: you@example.com\n' + message(n))
+            assert n not in stored, '%d twice' % n
+            stored[n] = file
+        assert acknowledged, 'nothing was acknowledged'
+        assert acknowledged <= set(stored), 'lost: %s' % (acknowledged - set(stored))
+        # What can't be stored is not acknowledged, and leaves nothing behind.
+        with Program(path, box, 0) as program:
+            left = set((box / 'tmp').iterdir())
+            (box / 'new').rename(box / 'old')
+            try:
+                program.send()
+                raise AssertionError('acknowledged without a folder')
+            except smtplib.SMTPDataError as error:
+                same(error.smtp_code, 451)
+            same(set((box / 'tmp').iterdir()), left)
+            (box / 'old').rename(box / 'new')
+            program.send()
+            same(len(list((box / 'new').iterdir())), len(stored) + 1)
+        synced = check_order(path, box) if shutil.which('strace') else 'order not looked at, there is no strace'
+    return 'killed %d times, %d messages acknowledged, none of them lost; %s' % (kills, len(acknowledged), synced)
+
+
+def check_order(path, box):
+    """The file is synced before it gets its name, and the folder before the acknowledgement."""
+    trace = pathlib.Path(box, 'trace')
+    calls = 'openat,open,fsync,link,linkat,sendto'
+    try:
+        with Program('strace', '-e', 'trace=' + calls, '-o', trace, path, box, 0) as program:
+            trace.write_text('')
+            program.send()
+            program.process.send_signal(signal.SIGTERM)
+    except (AssertionError, OSError):
+        return 'order not looked at, strace is not allowed'
+    steps = ''
+    for line in trace.read_text().splitlines():
+        for call, letter in ((r'open.*/tmp/.*O_CREAT', 'o'), (r'link', 'l'), (r'open.*/new", ', 'd'), (r'fsync\(', 's'),
+                             (r'sendto\(.*"354 ', '['), (r'sendto\(.*"250 OK', ']')):
+            if re.match(call, line):
+                steps += letter
+    same(steps[steps.index('['):][:7], '[oslds]')
+    return 'synced before that'
+
+
+def message(n):
+    return 'Subject: %d\n\n%s\nend of %d\n' % (n, 'x' * (n % 5000), n)
+
+
+def lmtp_server(path):
+    with Program(path, 0) as program:
+        talk = Conversation(program)
+        talk.hear()
+        same(talk.say('EHLO x'), '500 Error: command "EHLO" not recognized\r\n')
+        same(talk.say('HELO x'), '500 Error: command "HELO" not recognized\r\n')
+        same(talk.say('LHLO'), '501 Syntax: LHLO hostname\r\n')
+        same(talk.say('LHLO x', 4).split('\r\n')[1:], ['250-SIZE 33554432', '250-8BITMIME', '250 HELP', ''])
+        for recipients, text, expected in (
+                (['a@b', 'nobody@b', 'c@d'], 'hello', '250 OK\r\n550 no such user\r\n250 OK\r\n'),
+                (['nobody@b'], 'hello', '550 no such user\r\n'),
+                (['a@b', 'c@d'], 'x' * 34000000, '552 Error: Too much mail data\r\n' * 2)):
+            same(talk.say('MAIL FROM:<me@example.com>'), '250 OK\r\n')
+            for recipient in recipients:
+                same(talk.say('RCPT TO:<%s>' % recipient), '250 OK\r\n')
+            assert talk.say('DATA').startswith('354 ')
+            same(talk.say(text + '\r\n.', len(recipients)), expected)
+        same(talk.say('NOOP'), '250 OK\r\n')
+        talk.close()
+        same(program.read_until(b'c@d\n'), b'5 bytes for a@b\n5 bytes for c@d\n')
+        with program.smtp(smtplib.LMTP) as client:
+            client.sendmail('me@example.com', 'you@example.com', MESSAGE)
+        program.read_until(b'for you@example.com\n')
+    return 'an answer for each recipient'
+
+
+def echo_server(path):
+    with Program(path, 0) as program:
+        data = os.urandom(1000000)
+        for _ in range(2):
+            sock, received = program.connect(), b''
+            sender = threading.Thread(target=sock.sendall, args=(data,))
+            sender.start()
+            while len(received) < len(data):
+                received += sock.recv(65536)
+            sender.join()
+            assert received == data
+            sock.close()
+        program.read_until(b'Incoming connection from (')
+    return 'a million bytes came back, twice'
+
+
+def http_client(path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'You asked for %s\n' % self.path.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer((HOST, 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    result = run(path, 'localhost', '/page', server.server_port)
+    server.shutdown()
+    server.server_close()
+    same(result.returncode, 0)
+    assert result.stdout.startswith(b'HTTP/1.0 200 OK\r\n'), result.stdout
+    assert result.stdout.endswith(b'\r\n\r\nYou asked for /page\n'), result.stdout
+    refused = run(path, HOST, '/page', server.server_port)
+    same(refused.returncode, 1)
+    assert refused.stdout.count(b'\n') == 1, refused.stdout
+    return 'it fetched a page, and told when nobody answered'
+
+
+def chat_room(path):
+    with Program(path, 0) as program:
+        ann, bob = Conversation(program), Conversation(program)
+        names = ['%s:%d' % talk.sock.getsockname() for talk in (ann, bob)]
+        same(ann.hear(2), '%s is here\r\n%s is here\r\n' % tuple(names))
+        same(bob.hear(), '%s is here\r\n' % names[1])
+        same(ann.hear(0), '')
+        ann.sock.sendall(b'good \x1b[2Jmor')
+        ann.sock.sendall('ning, B\u00f6b\r\nsecond\n'.encode())
+        same(bob.hear(2), '%s: good [2Jmorning, B\u00f6b\r\n%s: second\r\n' % (names[0], names[0]))
+        ann.close()
+        same(bob.hear(), names[0] + ' has left\r\n')
+        eve = Conversation(program)
+        same(eve.hear()[-9:], 'is here\r\n')
+        bob.hear()
+        eve.sock.sendall(b'x' * 2000)
+        same(eve.hear(), '')   # thrown out
+        assert bob.hear().endswith(' has left\r\n')
+        bob.close()
+    return 'two talked, one left, one was thrown out'
+
+
+def deferred(path):
+    delay = 0.4
+    with Program(path, 0, int(delay * 1000)) as program:
+        times = []
+
+        def send():
+            with program.smtp() as client:
+                client.helo()
+                client.mail('me@example.com')
+                client.rcpt('you@example.com')
+                start = time.monotonic()
+                same(client.data(MESSAGE), (250, b'OK, at last'))
+                times.append(time.monotonic() - start)
+
+        talk = Conversation(program)
+        talk.hear()
+        senders = [threading.Thread(target=send) for _ in range(5)]
+        for sender in senders:
+            sender.start()
+        program.read_until(b'5 wait\n')
+        same(talk.say('NOOP'), '250 OK\r\n')
+        same(times, [])   # so nobody waits for them
+        talk.close()
+        for sender in senders:
+            sender.join()
+        same(len(times), 5)
+        assert min(times) >= delay - 0.01 and max(times) < delay + 5, times
+    return 'five answers came later, while another client was served'
+
+
+def main():
+    if sys.argv[1] == 'free_port':
+        return print(free_port())
+    name = sys.argv[1]
+    drive = globals().get(name)
+    assert drive, 'nothing here drives ' + name
+    print('ok: %s: %s' % (name, drive(sys.argv[2], *map(int, sys.argv[3:]))), flush=True)
+
+
+if __name__ == '__main__':
+    main()

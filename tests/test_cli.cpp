@@ -1,0 +1,680 @@
+// The program: its command line, its signals, its privileges, its output. It runs as a process of its own:
+// ./smtpd in the working directory, or $SMTPD_PROGRAM.
+
+#include <fcntl.h>
+#include <grp.h>
+#include <poll.h>
+#include <pwd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "asyncore.hpp"
+#include "test.hpp"
+
+namespace {
+
+using strings = std::vector<std::string>;
+using clock = asyncore::clock;
+using asyncore::socket_type;
+
+constexpr std::chrono::seconds patience{10};   // for what should happen at once
+
+const std::string BANNER_VERSION = "C++ SMTP proxy version 1.0.0";
+const std::string SHUTTING_DOWN = "421 Error: server is shutting down\r\n";
+
+bool ready(int fd, short events, int milliseconds) {
+    pollfd it{fd, events, 0};
+    return ::poll(&it, 1, milliseconds) > 0;
+}
+
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != text.npos; }
+
+// The lines of a text, without their ends.
+strings lines(const std::string& text) {
+    strings result;
+    for (std::istringstream in(text); std::getline(in, result.emplace_back());) continue;
+    result.pop_back();
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The program
+// ---------------------------------------------------------------------------------------------------------
+
+// The program's stdout and stderr: pipes, or what the shell writes as >&- and >/dev/full.
+enum class out_to { pipe, nowhere, full };
+
+class program {
+  public:
+    std::string out, err;   // what it has written so far
+
+    // Before it runs the program, the child calls prepare(): what that returns false for ends with 126.
+    explicit program(strings args, out_to where = out_to::pipe, bool (*prepare)() = nullptr) {
+        const char* path = std::getenv("SMTPD_PROGRAM");
+        args.insert(args.begin(), path && *path ? path : "./smtpd");
+        std::vector<char*> argv;
+        for (auto& arg : args) argv.push_back(&arg[0]);
+        argv.push_back(nullptr);
+        int pipes[2][2];
+        for (auto& pipe : pipes) {
+            if (::pipe(pipe) < 0) throw std::runtime_error("pipe");
+            for (const int end : pipe) ::fcntl(end, F_SETFD, FD_CLOEXEC);
+        }
+        pid_ = ::fork();
+        if (pid_ < 0) throw std::runtime_error("fork");
+        if (pid_ == 0) {
+            ::dup2(pipes[0][1], 1);
+            ::dup2(pipes[1][1], 2);
+            if (where == out_to::nowhere) ::close(1);
+            if (where == out_to::full) ::dup2(::open("/dev/full", O_WRONLY), 1);
+            if (prepare && !prepare()) ::_exit(126);
+            ::execv(argv[0], argv.data());
+            ::_exit(127);
+        }
+        for (int i = 0; i < 2; ++i) {
+            ::close(pipes[i][1]);
+            from_[i] = socket_type(pipes[i][0]);
+            ::fcntl(pipes[i][0], F_SETFL, O_NONBLOCK);
+        }
+    }
+
+    // Asks it to end; makes it end.
+    ~program() {
+        for (int i = 0; i < 1000 && running(); ++i) {
+            if (i == 0) ::kill(pid_, SIGTERM);
+            ::poll(nullptr, 0, 1);
+        }
+        if (ended_) return;
+        ::kill(pid_, SIGKILL);
+        ::waitpid(pid_, &status_, 0);
+    }
+    program(const program&) = delete;
+    program& operator=(const program&) = delete;
+
+    pid_t pid() const { return pid_; }
+    void signal(int number) { ::kill(pid_, number); }
+
+    // Nobody reads its stdout any more.
+    void close_stdout() { from_[0].close(); }
+
+    bool running() { return !ended_ && !(ended_ = ::waitpid(pid_, &status_, WNOHANG) == pid_); }
+
+    // Reads what it writes until done(), or the end; whether it was done.
+    template <typename Condition>
+    bool read_until(Condition done) {
+        for (const auto end = clock::now() + patience; clock::now() < end;) {
+            const bool last = !running();
+            read(0, out);
+            read(1, err);
+            if (done()) return true;
+            if (last) return false;
+            ::poll(nullptr, 0, 1);
+        }
+        return false;
+    }
+
+    // Its exit status, when it has ended by itself; 1000 and the signal's number, when that has ended it.
+    int wait() {
+        read_until([] { return false; });
+        if (!ended_) throw std::runtime_error("the program runs on; stderr: " + err);
+        if (WIFEXITED(status_) && WEXITSTATUS(status_) == 127) throw std::runtime_error("there is no program to test");
+        return WIFEXITED(status_) ? WEXITSTATUS(status_) : 1000 + WTERMSIG(status_);
+    }
+
+  private:
+    void read(std::size_t which, std::string& text) {
+        char buffer[4096];
+        for (ssize_t n; from_[which].fileno() >= 0 && (n = ::read(from_[which].fileno(), buffer, sizeof buffer)) > 0;)
+            text.append(buffer, static_cast<std::size_t>(n));
+    }
+
+    pid_t pid_ = -1;
+    int status_ = 0;
+    bool ended_ = false;
+    socket_type from_[2];
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// Its clients
+// ---------------------------------------------------------------------------------------------------------
+
+const asyncore::address loopback{"127.0.0.1", 0};
+
+// A port that is free.
+int free_port(const asyncore::address& host = loopback) {
+    const auto addr = asyncore::getaddrinfo(host).front();
+    socket_type sock(addr.family, SOCK_STREAM);
+    sock.bind(addr);
+    return sock.getsockname().port;
+}
+
+bool has_ipv6() {
+    try {
+        return free_port({"::1", 0}) > 0;
+    } catch (const std::system_error&) {
+        return false;
+    }
+}
+
+std::string at(int port, const std::string& host = "127.0.0.1") { return host + ":" + std::to_string(port); }
+
+class client {
+  public:
+    explicit client(socket_type sock) : sock_(std::move(sock)) {}
+
+    // Connects as soon as the program listens, and reads the banner.
+    client(program& to, int port, const std::string& host = "127.0.0.1") {
+        for (const auto end = clock::now() + patience; !connect(port, host); ::poll(nullptr, 0, 1))
+            if (!to.running() || clock::now() > end) throw std::runtime_error("the program does not listen");
+        const std::string banner = reply();
+        CHECK_EQ(banner.substr(0, 4), "220 ");
+        CHECK(contains(banner, " " + BANNER_VERSION + "\r\n"));
+    }
+
+    // One reply, all its lines; what has come before the end.
+    std::string reply() {
+        std::string result, line;
+        do {
+            line.clear();
+            while (line.size() < 2 || line.compare(line.size() - 2, 2, "\r\n") != 0) {
+                const std::string byte = receive(1);
+                if (byte.empty()) return result + line;
+                line += byte;
+            }
+            result += line;
+        } while (line.size() > 3 && line[3] == '-');
+        return result;
+    }
+    std::string say(const std::string& line) {
+        send(line + "\r\n");
+        return reply();
+    }
+    void send(const std::string& text) { CHECK_EQ(sock_.send(text), text.size()); }
+    void expect_end() { CHECK_EQ(receive(1), ""); }
+
+    // As far as DATA, for one recipient.
+    void begin(const std::string& command = "DATA") {
+        CHECK_EQ(say("EHLO client").substr(0, 4), "250-");
+        CHECK_EQ(say("MAIL FROM:<a@example.com>"), "250 OK\r\n");
+        CHECK_EQ(say("RCPT TO:<b@example.com>"), "250 OK\r\n");
+        CHECK_EQ(say(command).substr(0, 4), "354 ");
+    }
+
+  private:
+    bool connect(int port, const std::string& host) {
+        const auto addr = asyncore::getaddrinfo({host, port}).front();
+        sock_ = socket_type(addr.family, SOCK_STREAM);
+        sock_.connect_ex(addr);
+        return ready(sock_.fileno(), POLLOUT, 5000) && sock_.getsockopt(SOL_SOCKET, SO_ERROR) == 0;
+    }
+    std::string receive(std::size_t most) {
+        if (!ready(sock_.fileno(), POLLIN, 10000)) throw std::runtime_error("the program says nothing");
+        std::string result(most, '\0');
+        try {
+            result.resize(sock_.recv(&result[0], most));
+        } catch (const std::system_error&) {
+            result.clear();   // reset
+        }
+        return result;
+    }
+
+    socket_type sock_;
+};
+
+// The program with a class that prints, and the port that it listens on.
+struct server {
+    int port = free_port();
+    program it;
+
+    explicit server(strings with = {}, out_to where = out_to::pipe, bool (*prepare)() = nullptr)
+        : it(arguments(std::move(with)), where, prepare) {}
+
+    client connect() { return client(it, port); }
+    strings arguments(strings with) const {
+        with.insert(with.begin(), {"-n", "-c", "DebuggingServer"});
+        with.push_back(at(port));
+        return with;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------
+// The command line
+// ---------------------------------------------------------------------------------------------------------
+
+// It ends with 1, says nothing on stdout, and this as the last line of stderr; above it, or not, is the help.
+void check_refused(const strings& args, const std::string& message, bool with_help = true) {
+    program it(args);
+    CHECK_EQ(it.wait(), 1);
+    CHECK_EQ(it.out, "");
+    const strings told = lines(it.err);
+    CHECK(!told.empty());
+    CHECK_EQ(told.back(), message);
+    CHECK_EQ(told.size() > 1, with_help);
+    if (with_help) CHECK(contains(it.err, "\nUsage: "));
+}
+
+}   // namespace
+
+TEST(cli, help) {
+    for (const strings& args : {strings{"-h"}, {"--help"}, {"--h"}, {"-nh", "more"}, {"-h", "-s", "x"}}) {
+        program it(args);
+        CHECK_EQ(it.wait(), 0);
+        CHECK_EQ(it.out, "");
+        CHECK(contains(it.err, "smtpd [options] [localhost:localport [remotehost:remoteport]]\n"));
+        for (const char* part : {"-n, --nosetuid", "-V, --version", "-c, --class", "-s, --size", "-u, --smtputf8",
+                                 "-d, --debug", "-h, --help", "DebuggingServer", "PureProxy", "MailmanProxy"})
+            CHECK(contains(it.err, part));
+        CHECK_EQ(lines(it.err).back(), "Version: " + BANNER_VERSION);
+        CHECK(!contains(it.err, "%"));
+    }
+}
+
+TEST(cli, version) {
+    for (const strings& args : {strings{"-V"}, {"--version"}, {"--vers"}, {"-nV"}, {"-V", "-h"}, {"-V", "-s", "x"}}) {
+        program it(args);
+        CHECK_EQ(it.wait(), 0);
+        CHECK_EQ(it.out, BANNER_VERSION + "\n");
+        CHECK_EQ(it.err, "");
+    }
+}
+
+TEST(cli, getopt) {
+    const std::pair<strings, std::string> table[] = {
+        {{"-x"}, "option -x not recognized"},
+        {{"-nx"}, "option -x not recognized"},
+        {{"-n", "-V", "-x"}, "option -x not recognized"},   // all are read before the first one counts
+        {{"-\x01"}, "option -\x01 not recognized"},         // options without a letter can't be had by one
+        {{"--bogus"}, "option --bogus not recognized"},
+        {{"--classes"}, "option --classes not recognized"},
+        {{"-c"}, "option -c requires argument"},
+        {{"-nc"}, "option -c requires argument"},
+        {{"-s"}, "option -s requires argument"},
+        {{"--class"}, "option --class requires argument"},
+        {{"--si"}, "option --size requires argument"},
+        {{"--mailman-lists"}, "option --mailman-lists requires argument"},
+        {{"--s"}, "option --s not a unique prefix"},
+        {{"--mailman-l"}, "option --mailman-l not a unique prefix"},
+        {{"--=x"}, "option -- not a unique prefix"},
+        {{"--version=1"}, "option --version must not have an argument"},
+        {{"--n=3"}, "option --nosetuid must not have an argument"},
+        {{"--help="}, "option --help must not have an argument"}};
+    for (const auto& [args, message] : table) check_refused(args, message);
+}
+
+TEST(cli, arguments) {
+    const std::pair<strings, std::string> table[] = {
+        {{"a", "b", "c"}, "Invalid arguments: a, b, c"},
+        {{"-n", "a:1", "b:2", "c:3", "-d"}, "Invalid arguments: a:1, b:2, c:3, -d"},
+        {{"-n", "somewhere"}, "Bad local spec: somewhere"},
+        {{"-n", ""}, "Bad local spec: "},
+        {{"-n", "-"}, "Bad local spec: -"},
+        {{"-n", "--", "-h"}, "Bad local spec: -h"},
+        {{"-n", "a:b"}, "Bad local port: a:b"},
+        {{"-n", "a:"}, "Bad local port: a:"},
+        {{"-n", "a:1:2"}, "Bad local port: a:1:2"},
+        {{"-n", "a:65536"}, "Bad local port: a:65536"},
+        {{"-n", "a:99999999999999999999"}, "Bad local port: a:99999999999999999999"},
+        {{"-n", "a:-1"}, "Bad local port: a:-1"},
+        {{"-n", "a:+1"}, "Bad local port: a:+1"},
+        {{"-n", "a: 1"}, "Bad local port: a: 1"},
+        {{"-n", "::1:25"}, "Bad local port: ::1:25"},
+        {{"-n", "[::1]:x"}, "Bad local port: [::1]:x"},
+        {{"-n", "[::1]"}, "Bad local port: [::1]"},
+        {{"-n", "a:1", "b"}, "Bad remote spec: b"},
+        {{"-n", "a:1", "b:x"}, "Bad remote port: b:x"},
+        {{"-n", "a:1", "[::1]:70000"}, "Bad remote port: [::1]:70000"},
+        {{"--mailman-lmtp", "here"}, "Bad LMTP spec: here"},
+        {{"--mailman-lmtp=here:x"}, "Bad LMTP port: here:x"}};
+    for (const auto& [args, message] : table) check_refused(args, message);
+}
+
+// Deviation 29
+TEST(cli, invalid_size) {
+    for (const std::string size : {"x", "", "-5", "+5", "1k", "1.5", " 1", "0x10", "1_000", "99999999999999999999"}) {
+        check_refused({"-s", size}, "Invalid size: " + size, false);
+        check_refused({"--size=" + size, "-V"}, "Invalid size: " + size, false);
+    }
+}
+
+// Deviation 31
+TEST(cli, one_line_for_what_fails) {
+    program unknown({"-n", "-c", "NoSuchServer", at(free_port())});
+    CHECK_EQ(unknown.wait(), 1);
+    CHECK_EQ(unknown.out, "");
+    CHECK_EQ(lines(unknown.err).size(), std::size_t(1));
+    CHECK(contains(unknown.err, ": there is no class NoSuchServer; "));
+
+    socket_type taken(AF_INET, SOCK_STREAM);
+    taken.bind(asyncore::getaddrinfo(loopback).front());
+    taken.listen(1);
+    const std::string where = at(taken.getsockname().port);
+    for (const std::string& place : {where, std::string("192.0.2.1:2525")}) {
+        program it({"-n", "-c", "DebuggingServer", place});
+        CHECK_EQ(it.wait(), 1);
+        CHECK_EQ(it.out, "");
+        CHECK_EQ(lines(it.err).size(), std::size_t(1));
+        CHECK(contains(it.err, ": cannot listen on " + place + ": "));
+    }
+}
+
+TEST(cli, ipv6) {
+    if (!has_ipv6()) return;
+    const int port = free_port({"::1", 0});
+    program it({"-n", "-c", "DebuggingServer", at(port, "[::1]")});
+    client from(it, port, "::1");
+    from.begin();
+    CHECK_EQ(from.say("\r\nhello\r\n."), "250 OK\r\n");
+    CHECK(it.read_until([&] { return contains(it.out, "X-Peer: ::1\n\nhello\n"); }));
+    it.signal(SIGTERM);
+    CHECK_EQ(it.wait(), 0);
+}
+
+TEST(cli, defaults) {
+    program it({"-n", "-c", "DebuggingServer", "-d"});
+    // The port may be taken here; then the complaint names it.
+    CHECK(it.read_until([&] {
+        return contains(it.err, "\tLocal addr: ('localhost', 8025)\n\tRemote addr:('localhost', 25)\n") ||
+               contains(it.err, ": cannot listen on localhost:8025: ");
+    }));
+}
+
+TEST(cli, class_names) {
+    for (const strings& with : {strings{"-nc", "DebuggingServer"},
+                                {"-ncDebuggingServer"},
+                                {"--nosetuid", "--class=DebuggingServer"},
+                                {"--n", "--cl", "DebuggingServer"},
+                                {"-c", "NoSuchServer", "-n", "-c", "DebuggingServer", "--"}}) {
+        const int port = free_port();
+        strings args = with;
+        args.push_back(at(port));
+        program it(args);
+        client from(it, port);
+        CHECK_EQ(from.say("NOOP"), "250 OK\r\n");
+    }
+}
+
+// Deviation 29
+TEST(cli, size) {
+    const auto offer = [](const strings& with) {
+        server it(with);
+        const std::string offered = it.connect().say("EHLO client");
+        const std::size_t from = offered.find("\r\n") + 2;
+        return offered.substr(from);
+    };
+    CHECK_EQ(offer({}), "250-SIZE 33554432\r\n250-8BITMIME\r\n250 HELP\r\n");
+    CHECK_EQ(offer({"-s", "0"}), "250-8BITMIME\r\n250 HELP\r\n");
+    CHECK_EQ(offer({"-s1000"}), "250-SIZE 1000\r\n250-8BITMIME\r\n250 HELP\r\n");
+    CHECK_EQ(offer({"--size", "007"}), "250-SIZE 7\r\n250-8BITMIME\r\n250 HELP\r\n");
+    CHECK_EQ(offer({"-u"}), "250-SIZE 33554432\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 HELP\r\n");
+    CHECK_EQ(offer({"--smtp", "--si=1"}), "250-SIZE 1\r\n250-8BITMIME\r\n250-SMTPUTF8\r\n250 HELP\r\n");
+
+    server it({"-s", "10"});
+    client from = it.connect();
+    from.begin();
+    CHECK_EQ(from.say("hello, world\r\n."), "552 Error: Too much mail data\r\n");
+    CHECK_EQ(from.say("MAIL FROM:<a@b> SIZE=11"), "552 Error: message size exceeds fixed maximum message size\r\n");
+}
+
+TEST(cli, mailman_options) {
+    char folder[] = "/tmp/smtpd-lists-XXXXXX";
+    CHECK(::mkdtemp(folder) != nullptr);
+    const std::string list = std::string(folder) + "/team.example.com";
+    const bool made = ::mkdir(list.c_str(), 0700) == 0;
+    socket_type lmtp(AF_INET, SOCK_STREAM);
+    lmtp.bind(asyncore::getaddrinfo(loopback).front());
+    lmtp.listen(1);
+    const int port = free_port();
+    program it({"-n", "-c", "MailmanProxy", "--mailman-lists", folder, "--mailman-lmtp=" + at(lmtp.getsockname().port),
+                at(port), at(free_port())});
+    client from(it, port);
+    CHECK_EQ(from.say("EHLO client").substr(0, 4), "250-");
+    CHECK_EQ(from.say("MAIL FROM:<a@example.com>"), "250 OK\r\n");
+    from.send("RCPT TO:<team@example.com>\r\n");
+    // The list is there, so the program turns to Mailman.
+    CHECK(ready(lmtp.fileno(), POLLIN, 10000));
+    client mailman(std::move(*lmtp.accept().first));
+    CHECK_EQ(mailman.say("220 mailman").substr(0, 5), "LHLO ");
+    ::rmdir(list.c_str());
+    ::rmdir(folder);
+    CHECK(made);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// What it prints
+// ---------------------------------------------------------------------------------------------------------
+
+// Deviation 24
+TEST(cli, prints_messages) {
+    server it;
+    client from = it.connect();
+    from.begin();
+    from.send("Subject: \xc3\xa9t\xc3\xa9\x1b]0;title\x07\r\n\r\n\x1b[2J\xff\tback\b\x7f\xc2\x9b\r\n");
+    CHECK_EQ(from.say("."), "250 OK\r\n");
+    // It is there although the program runs on: nothing waits in a buffer.
+    CHECK(it.it.read_until([&] { return contains(it.it.out, "END MESSAGE"); }));
+    CHECK_EQ(it.it.out,
+             "---------- MESSAGE FOLLOWS ----------\n"
+             "Subject: \xc3\xa9t\xc3\xa9\\x1b]0;title\\x07\n"
+             "X-Peer: 127.0.0.1\n"
+             "\n"
+             "\\x1b[2J\\xff\tback\\x08\\x7f\\xc2\\x9b\n"
+             "------------ END MESSAGE ------------\n");
+    it.it.signal(SIGTERM);
+    CHECK_EQ(it.it.wait(), 0);
+    CHECK_EQ(it.it.err, "");
+}
+
+// Deviation 26
+TEST(cli, debug) {
+    for (const char* option : {"-d", "--debug"}) {
+        server it({option});
+        client from = it.connect();
+        from.say("HELO \x1b[31mred");
+        from.say("NOOP \xc3\xa9\x7f\n\x07");
+        from.say("MAIL FROM:<\x1b@example.com>");
+        from.say("QUIT");
+        it.it.signal(SIGTERM);
+        CHECK_EQ(it.it.wait(), 0);
+        const std::string& told = it.it.err;
+        CHECK(contains(told, "SMTPServer started at "));
+        CHECK(contains(told, "\n\tLocal addr: ('127.0.0.1', " + std::to_string(it.port) + ")\n"));
+        CHECK(contains(told, "\nIncoming connection from ('127.0.0.1', "));
+        CHECK(contains(told, "\nPeer: ('127.0.0.1', "));
+        CHECK(contains(told, "\nData: b'HELO \\x1b[31mred'\n"));
+        CHECK(contains(told, "\nData: b'NOOP \\xc3\\xa9\\x7f\\n\\x07'\n"));
+        CHECK(contains(told, "\nData: b'QUIT'\n"));
+        for (const char byte : told) CHECK(byte == '\n' || byte == '\t' || (byte >= ' ' && byte < '\x7f'));
+        CHECK_EQ(it.it.out, "");
+    }
+}
+
+// Deviation 25
+TEST(cli, stdout_that_cannot_be_written_to) {
+    std::vector<out_to> ways{out_to::pipe, out_to::nowhere};
+    if (::access("/dev/full", W_OK) == 0) ways.push_back(out_to::full);
+    for (const out_to where : ways) {
+        server it({}, where);
+        client from = it.connect();
+        if (where == out_to::pipe) it.it.close_stdout();
+        from.begin();
+        CHECK_EQ(from.say("\r\nhello\r\n."), "");   // not acknowledged
+        CHECK_EQ(it.it.wait(), 1);
+        CHECK_EQ(lines(it.it.err).size(), std::size_t(1));
+        CHECK(contains(it.it.err, ": cannot write the message to stdout\n"));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Its end
+// ---------------------------------------------------------------------------------------------------------
+
+// Deviation 32
+TEST(cli, signal_when_idle) {
+    for (const int number : {SIGINT, SIGTERM}) {
+        server it;
+        client silent = it.connect(), greeted = it.connect(), half = it.connect();
+        CHECK_EQ(greeted.say("HELO client").substr(0, 4), "250 ");
+        half.send("NOOP");   // not a command yet
+        const auto start = clock::now();
+        it.it.signal(number);
+        for (client* from : {&silent, &greeted, &half}) {
+            CHECK_EQ(from->reply(), SHUTTING_DOWN);
+            from->expect_end();
+        }
+        CHECK_EQ(it.it.wait(), 0);
+        CHECK(clock::now() - start < std::chrono::seconds(5));   // not the time that messages in hand may take
+        CHECK_EQ(it.it.err, "");
+    }
+}
+
+// Deviation 32
+TEST(cli, signal_with_a_message_in_hand) {
+    for (const int number : {SIGINT, SIGTERM}) {
+        server it;
+        client idle = it.connect(), sending = it.connect();
+        sending.begin();
+        sending.send("Subject: in hand\r\n\r\nfirst half");
+        it.it.signal(number);
+        CHECK_EQ(idle.reply(), SHUTTING_DOWN);   // it has heard the signal
+        idle.expect_end();
+        CHECK(it.it.running());
+        CHECK_EQ(sending.say(", second half\r\n."), "250 OK\r\n");
+        CHECK_EQ(sending.reply(), SHUTTING_DOWN);
+        sending.expect_end();
+        CHECK_EQ(it.it.wait(), 0);
+        CHECK(contains(it.it.out, "\nfirst half, second half\n"));
+        CHECK_EQ(it.it.err, "");
+    }
+}
+
+// Deviation 32
+TEST(cli, second_signal) {
+    const int numbers[] = {SIGINT, SIGTERM};
+    for (const int first : numbers)
+        for (const int second : numbers) {
+            server it;
+            client idle = it.connect(), sending = it.connect();
+            sending.begin();
+            it.it.signal(first);
+            CHECK_EQ(idle.reply(), SHUTTING_DOWN);
+            it.it.signal(second);
+            CHECK_EQ(it.it.wait(), 1000 + second);
+            CHECK_EQ(sending.reply(), "");
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Who it is
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Becomes a user who is neither root nor nobody.
+bool become_somebody() {
+    if (::geteuid() != 0) return true;
+    const passwd* nobody = ::getpwnam("nobody");
+    const uid_t somebody = nobody && nobody->pw_uid == 12345 ? 12346 : 12345;
+    return ::setgroups(0, nullptr) == 0 && ::setgid(somebody) == 0 && ::setuid(somebody) == 0;
+}
+
+bool become_nobody() {
+    const passwd* nobody = ::getpwnam("nobody");
+    return nobody && ::setgroups(0, nullptr) == 0 && ::setgid(nobody->pw_gid) == 0 && ::setuid(nobody->pw_uid) == 0;
+}
+
+// root's groups, and one more.
+bool join_a_group() {
+    const gid_t groups[] = {0, 12345};
+    return ::setgroups(2, groups) == 0;
+}
+
+// Whether a child that becomes somebody else may run the program at all.
+bool runs_as(bool (*prepare)()) {
+    program it({"-V"}, out_to::pipe, prepare);
+    it.read_until([] { return false; });
+    return it.out == BANNER_VERSION + "\n";
+}
+
+// The words after `name:` in /proc/PID/status.
+strings status_of(pid_t pid, const std::string& name) {
+    std::ifstream file("/proc/" + std::to_string(pid) + "/status");
+    for (std::string line; std::getline(file, line);) {
+        if (line.compare(0, name.size() + 1, name + ":") != 0) continue;
+        std::istringstream in(line.substr(name.size() + 1));
+        strings words;
+        for (std::string word; in >> word;) words.push_back(word);
+        return words;
+    }
+    return {};
+}
+
+}   // namespace
+
+TEST(cli, setuid_takes_root) {
+    if (!runs_as(become_somebody)) return;
+    program it({"-c", "DebuggingServer", at(free_port())}, out_to::pipe, become_somebody);
+    CHECK_EQ(it.wait(), 1);
+    CHECK_EQ(it.out, "");
+    CHECK_EQ(lines(it.err + "\n").front(), "Cannot setuid \"nobody\"; try running with -n option.");
+}
+
+// Deviation 30
+TEST(cli, setuid_leaves_nothing_of_root) {
+    const passwd* nobody = ::getpwnam("nobody");
+    if (::geteuid() != 0 || !nobody) return;
+    const int port = free_port();
+    program it({"-c", "DebuggingServer", at(port)}, out_to::pipe, join_a_group);
+    client from(it, port);
+    CHECK_EQ(from.say("NOOP"), "250 OK\r\n");   // so it is past that
+    if (const strings uids = status_of(it.pid(), "Uid"); !uids.empty()) {
+        const std::string uid = std::to_string(nobody->pw_uid), gid = std::to_string(nobody->pw_gid);
+        CHECK(uids == strings({uid, uid, uid, uid}));
+        CHECK(status_of(it.pid(), "Gid") == strings({gid, gid, gid, gid}));
+        CHECK(status_of(it.pid(), "Groups").empty());
+    }
+    it.signal(SIGTERM);
+    CHECK_EQ(it.wait(), 0);
+}
+
+TEST(cli, nobody_needs_no_setuid) {
+    if (::geteuid() != 0 || !runs_as(become_nobody)) return;
+    const int port = free_port();
+    program it({"-c", "DebuggingServer", at(port)}, out_to::pipe, become_nobody);
+    client from(it, port);
+    CHECK_EQ(from.say("NOOP"), "250 OK\r\n");
+}
+
+TEST(cli, open_relay_warning) {
+    const auto told = [](strings args, const std::string& host) {
+        const int port = free_port();
+        args.push_back(at(port, host));
+        program it(args);
+        client from(it, port, host[0] == '[' ? "::1" : "127.0.0.1");
+        CHECK_EQ(from.say("NOOP"), "250 OK\r\n");
+        it.signal(SIGTERM);
+        CHECK_EQ(it.wait(), 0);
+        if (it.err.empty()) return false;
+        CHECK_EQ(lines(it.err).size(), std::size_t(1));
+        CHECK(contains(it.err, ": warning: whoever can reach "));
+        CHECK(contains(it.err, ":" + std::to_string(port) + " can send mail anywhere through it\n"));
+        return true;
+    };
+    CHECK(told({"-n"}, "0.0.0.0"));   // PureProxy, since no class is named
+    CHECK(told({"-n", "-c", "MailmanProxy"}, "0.0.0.0"));
+    CHECK(!told({"-n", "-c", "DebuggingServer"}, "0.0.0.0"));
+    CHECK(!told({"-n"}, "127.0.0.1"));
+    CHECK(!told({"-n", "-c", "MailmanProxy"}, "127.0.0.1"));
+    if (!has_ipv6()) return;
+    CHECK(told({"-n"}, "[::]"));
+    CHECK(!told({"-n"}, "[::1]"));
+}
