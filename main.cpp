@@ -239,6 +239,7 @@ int signal_pipe[2];
 
 extern "C" void on_signal(int) {
     const int saved = errno;
+    for (const int number : {SIGINT, SIGTERM}) std::signal(number, SIG_DFL);   // the second one ends it
     // When the pipe is full, the loop has enough to read.
     if (::write(signal_pipe[1], "", 1) < 0) errno = saved;
 }
@@ -250,13 +251,12 @@ class signal_watch : public asyncore::file_dispatcher {
     explicit signal_watch(smtpd::SMTPServer& server) : file_dispatcher(signal_pipe[0]), server_(server) {
         struct sigaction action {};
         action.sa_handler = on_signal;
-        action.sa_flags = static_cast<int>(SA_RESETHAND | SA_RESTART);   // a write to stdout goes on
+        action.sa_flags = SA_RESTART;   // a write to stdout goes on
         for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
     }
     bool writable() override { return false; }
     void handle_read() override {
         close();
-        for (const int number : {SIGINT, SIGTERM}) std::signal(number, SIG_DFL);
         server_.stop(std::chrono::seconds(10));
     }
 

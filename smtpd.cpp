@@ -1012,7 +1012,7 @@ std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore:
 }
 
 void SMTPServer::stop(std::chrono::milliseconds grace) {
-    const auto bound = asyncore::clock::now() + grace;
+    const auto bound = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
     try {
         close();
     } catch (const std::system_error&) {
@@ -1028,19 +1028,20 @@ asyncore::clock::time_point SMTPServer::deadline() { return resting_ ? rested_ :
 
 // Python takes one client a pass, and closes the listener when accept() fails.
 void SMTPServer::handle_accept() {
-    try {
-        for (int i = 0; i < 100 && accepting; ++i) {
-            auto pair = accept();
-            if (!pair) return;
-            handle_accepted(std::move(pair->first), pair->second);
+    for (int i = 0; i < 100 && accepting; ++i) {
+        std::optional<std::pair<std::unique_ptr<asyncore::socket_type>, address>> pair;
+        try {
+            pair = accept();
+        } catch (const std::system_error& error) {
+            const int err = error.code().value();
+            if (err == EBADF || err == EINVAL || err == ENOTSOCK || err == EOPNOTSUPP || err == EFAULT) throw;
+            log_exception("cannot accept a client of");
+            return turn_away();
+        } catch (const std::bad_alloc&) {
+            return rest();
         }
-    } catch (const std::system_error& error) {
-        const int err = error.code().value();
-        if (err == EBADF || err == EINVAL || err == ENOTSOCK || err == EOPNOTSUPP || err == EFAULT) throw;
-        log_exception("cannot accept a client of");
-        turn_away();
-    } catch (const std::bad_alloc&) {
-        rest();
+        if (!pair) return;
+        handle_accepted(std::move(pair->first), pair->second);
     }
 }
 
@@ -1225,6 +1226,20 @@ void check_command(const std::string& cmd) {
     if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
         throw std::invalid_argument("command and arguments contain prohibited newline characters");
 }
+
+// Picks the options of a client's MAIL that the next server offers to take. False: it lacks one that is needed.
+bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, std::vector<std::string>& with) {
+    for (const auto& option : mail_options) {
+        const std::string name = option.substr(0, option.find('='));
+        if (session.has_extn(name == "BODY" ? "8BITMIME" : name))
+            with.push_back(option);
+        else if (name == "SMTPUTF8")
+            return false;
+    }
+    return true;
+}
+
+const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
 
 std::string in_brackets(const std::string& addr) { return addr == "<>" ? addr : "<" + addr + ">"; }
 
@@ -1418,9 +1433,11 @@ struct SMTP::mailing {
     }
 };
 
-void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg, bool all,
+void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
+                    const std::vector<std::string>& mail_options, bool all,
                     std::function<void(const reply&, const refused&)> then) {
     std::vector<std::string> with;
+    if (!pick_options(*this, mail_options, with)) return then(no_SMTPUTF8, {});
     if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(size_on_the_wire(msg)));
     auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
     mail(from_addr, with, [it](const reply& answer) {
@@ -1502,28 +1519,37 @@ void SMTP::handle_write() {
 
 void SMTP::handle_close() {
     if (connecting) return attempt();
-    // The server takes no more of the message: it may have said why.
-    if (sending_ && !producer_fifo.empty() && !std::exchange(cut_off_, true)) return producer_fifo.clear();
+    if (sending_ && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
+        // The server takes no more of the message: it may have said why.
+        producer_fifo.clear();
+        sent_ = true;
+        due_ = std::min(due_, after(wait_.quit));
+        return;
+    }
     fail("the connection was closed");
 }
 
 void SMTP::handle_error() {
     try {
+        throw;
+    } catch (const std::system_error& error) {
         try {
-            throw;
-        } catch (const std::system_error& error) {
             why_ = error.what();
             if (connecting) return attempt();
         } catch (const asyncore::ExitNow&) {
             throw;
         } catch (...) {
-            log_exception("uncaptured C++ exception, closing channel");
+            // there is no more to say
         }
+    } catch (...) {
+        log_exception("uncaptured C++ exception, closing channel");
+    }
+    try {
         close();
     } catch (const asyncore::ExitNow&) {
         throw;
     } catch (...) {
-        close();   // whoever waited has been called by now
+        // whoever waited has been called
     }
 }
 
@@ -1558,7 +1584,7 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
         if (greeting.code != 220) return done(greeting, {});
         session.ehlo_or_helo_if_needed([&](const reply& answer) {
             if (answer.code != 250) return done(answer, {});
-            session.sendmail(from_addr, to_addrs, std::move(msg), false, done);
+            session.sendmail(from_addr, to_addrs, std::move(msg), {}, false, done);
         });
     });
     asyncore::loop(30.0, false, &map);
@@ -1601,7 +1627,13 @@ ProxyChannel* message_options::proxy_channel() const {
 
 ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
                            const options& with)
-    : SMTPChannel(server, std::move(sock), from, with) {}
+    : SMTPChannel(server, std::move(sock), from, with) {
+    try {
+        conn->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // answers come one by one: none shall wait for another
+    } catch (const std::system_error&) {
+        // not a TCP socket
+    }
+}
 
 ProxyChannel::~ProxyChannel() { dismiss_all(); }
 
@@ -1663,13 +1695,7 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     lane& it = of(to);
     if (!it.session) return then({});
     std::vector<std::string> with;
-    for (const auto& option : mail_options) {
-        const std::string name = option.substr(0, option.find('='));
-        if (it.session->has_extn(name == "BODY" ? "8BITMIME" : name))
-            with.push_back(option);
-        else if (name == "SMTPUTF8")
-            return then({550, "Error: SMTPUTF8 is not supported by the next server"});
-    }
+    if (!pick_options(*it.session, mail_options, with)) return then(no_SMTPUTF8);
     it.stale = true;
     it.mailfrom = mailfrom;
     it.session->mail(mailfrom, with, [&it, then](const reply& answer) {
@@ -1830,16 +1856,16 @@ void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<st
     data += '\n';   // the last line's end, which was half of the end of data
     ProxyChannel* channel = kwargs.proxy_channel();
     if (!channel || !channel->relay(to, mailfrom, rcpttos, data, then))
-        deliver(to, mailfrom, rcpttos, std::move(data), std::move(then));
+        deliver(to, mailfrom, rcpttos, std::move(data), kwargs.mail_options, std::move(then));
 }
 
 void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
                          SMTP::handler then) {
-    deliver(side::upstream, mailfrom, rcpttos, std::move(data), std::move(then));
+    deliver(side::upstream, mailfrom, rcpttos, std::move(data), {}, std::move(then));
 }
 
 void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
-                        SMTP::handler then) {
+                        const std::vector<std::string>& mail_options, SMTP::handler then) {
     auto session = make_session(to);
     SMTP& it = *session;
     std::vector<std::string> recipients;
@@ -1851,11 +1877,14 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     deliveries_.insert(&it);
     it.on_close = [this, &it] { deliveries_.erase(&it); };
     const auto message = std::make_shared<std::string>(std::move(data));
-    it.connect(address_of(to), [&it, done, mailfrom, recipients, message](const reply& greeting) {
+    std::vector<std::string> options;   // the size has changed, perhaps
+    for (const auto& option : mail_options)
+        if (option.compare(0, 5, "SIZE=") != 0) options.push_back(option);
+    it.connect(address_of(to), [&it, done, mailfrom, recipients, message, options](const reply& greeting) {
         if (greeting.code != 220) return done(greeting);
-        it.ehlo_or_helo_if_needed([&it, done, mailfrom, recipients, message](const reply& answer) {
+        it.ehlo_or_helo_if_needed([&it, done, mailfrom, recipients, message, options](const reply& answer) {
             if (answer.code != 250) return done(answer);
-            it.sendmail(mailfrom, recipients, std::move(*message), true,
+            it.sendmail(mailfrom, recipients, std::move(*message), options, true,
                         [done](const reply& last, const auto&) { done(last); });
         });
     });

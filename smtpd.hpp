@@ -372,7 +372,8 @@ class SMTP : public asynchat::async_chat {
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
     // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
     // stopped it. smtplib.py: SMTP.sendmail
-    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg, bool all,
+    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
+                  const std::vector<std::string>& mail_options, bool all,
                   std::function<void(const reply&, const refused&)> then);
 
     // Calls nobody any more.
@@ -484,7 +485,7 @@ class PureProxy : public SMTPServer {
 
   private:
     void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
-                 SMTP::handler then);
+                 const std::vector<std::string>& mail_options, SMTP::handler then);
     std::unique_ptr<SMTP> make_session(side to) const;
     const asyncore::address& address_of(side to) const;
 

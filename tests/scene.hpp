@@ -13,8 +13,8 @@ namespace scenes {
 
 inline const std::string OK = "250 OK";
 inline const std::string NOT_AVAILABLE = "451 Error: the next server is not available";
-inline const std::string TAKEN = "250 2.0.0 message ok";                        // what the upstream says to a message
-inline const std::string RELAYED = OK + " / " + OK + " / 354 / " + TAKEN;       // what caller::mail() then returns
+inline const std::string TAKEN = "250 2.0.0 message ok";                    // what the upstream says to a message
+inline const std::string RELAYED = OK + " / " + OK + " / 354 / " + TAKEN;   // what caller::mail() then returns
 
 using milliseconds = std::chrono::milliseconds;
 
@@ -123,6 +123,6 @@ class upstream_thread {
     std::thread thread_;
 };
 
-}  // namespace scenes
+}   // namespace scenes
 
 #endif

@@ -32,6 +32,7 @@ void pass(map_type& map, bool use_poll, double timeout = 0.0) {
 // Commands
 // ---------------------------------------------------------------------------------------------------------
 
+// Deviation 1
 TEST(deviations, malformed_address) {
     session it;
     it.line("EHLO a", EHLO);
@@ -48,6 +49,7 @@ TEST(deviations, malformed_address) {
     it.client.end();
 }
 
+// Deviation 1
 TEST(deviations, malformed_parameters) {
     session it;
     it.line("EHLO a", EHLO);
@@ -62,6 +64,7 @@ TEST(deviations, malformed_parameters) {
     it.client.end();
 }
 
+// Deviation 2
 TEST(deviations, command_bytes) {
     session it;
     const std::string bad = "500 Error: bad syntax", too_long = "500 Error: line too long";
@@ -81,6 +84,7 @@ TEST(deviations, command_bytes) {
     it.client.end();
 }
 
+// Deviation 3
 TEST(deviations, encoded_words) {
     session it;
     it.line("EHLO a", EHLO);
@@ -95,6 +99,7 @@ TEST(deviations, encoded_words) {
     it.client.end();
 }
 
+// Deviation 4
 TEST(deviations, control_characters) {
     session it;
     it.line("EHLO a", EHLO);
@@ -114,6 +119,7 @@ TEST(deviations, control_characters) {
     it.client.end();
 }
 
+// Deviation 7
 TEST(deviations, after_quit) {
     session it;
     CHECK_EQ(it.say("NOOP\r\nHELO a\r\nQUIT\r\nNOOP\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n"),
@@ -131,6 +137,7 @@ TEST(deviations, after_quit_in_another_packet) {
     CHECK_EQ(support::wait_for_eof(it.map, it.end()), "221 Bye\r\n");
 }
 
+// Deviation 9
 TEST(deviations, per_channel_limits) {
     session it;
     it.line("EHLO a", EHLO);
@@ -148,6 +155,7 @@ TEST(deviations, per_channel_limits) {
     it.client.end();
 }
 
+// Deviation 10
 TEST(deviations, options_and_utf8_status) {
     smtpd::options with;
     with.enable_SMTPUTF8 = true;
@@ -174,6 +182,7 @@ TEST(deviations, options_and_utf8_status) {
     it.client.end();
 }
 
+// Deviation 21
 TEST(deviations, recipient_cap) {
     CHECK_EQ(smtpd::options().rcpt_limit, 1000u);
     smtpd::options with;
@@ -195,6 +204,7 @@ TEST(deviations, recipient_cap) {
 // Messages
 // ---------------------------------------------------------------------------------------------------------
 
+// Deviation 5
 TEST(deviations, too_much_data) {
     smtpd::options with;
     with.data_size_limit = 32;
@@ -221,6 +231,7 @@ TEST(deviations, too_much_data) {
     it.client.end();
 }
 
+// Deviation 6
 TEST(deviations, lone_dot) {
     session it;
     it.line("HELO a", "250 ");
@@ -253,6 +264,7 @@ TEST(deviations, lone_dot_and_discarded_buffers) {
     it.client.end();
 }
 
+// Deviation 8
 TEST(deviations, hook_throws) {
     session it;
     it.server.hook = [](const smtpd::message_options&) -> std::optional<std::string> {
@@ -281,6 +293,7 @@ TEST(deviations, hook_throws) {
     it.client.end();
 }
 
+// Deviation 11
 TEST(deviations, split_utf8) {
     smtpd::options with;
     with.decode_data = true;
@@ -303,6 +316,7 @@ TEST(deviations, split_utf8) {
 // The server
 // ---------------------------------------------------------------------------------------------------------
 
+// Deviation 46
 TEST(deviations, banner_version) {
     map_type map;
     support::recorder server(map);
@@ -310,6 +324,7 @@ TEST(deviations, banner_version) {
     CHECK_EQ(support::wait_for(map, end, "\r\n"), "220 mx.test C++ SMTP proxy version 1.0.0\r\n");
 }
 
+// Deviation 12
 TEST(deviations, host_name) {
     map_type map;
     smtpd::options with;
@@ -325,6 +340,7 @@ TEST(deviations, host_name) {
     }
 }
 
+// Deviation 13
 TEST(deviations, listen_backlog) {
     constexpr std::size_t burst = 64;
     map_type map;
@@ -351,6 +367,7 @@ TEST(deviations, listen_backlog) {
     CHECK_EQ(map.size(), 1 + burst);
 }
 
+// Deviation 41
 TEST(deviations, unix_peer) {
     map_type map;
     smtpd::options with;
@@ -399,6 +416,7 @@ static std::string printed(std::string_view data, bool decode_data = false) {
     return text.substr(begin.size(), text.size() - begin.size() - last.size());
 }
 
+// Deviation 24
 TEST(deviations, debugging_server) {
     CHECK_EQ(printed("A: 1\r\n\r\nb'text' \"text\" \\ \t.\r\n\r\nend"),
              "A: 1\nX-Peer: unix\n\nb'text' \"text\" \\ \t.\n\nend\n");
@@ -422,6 +440,7 @@ TEST(deviations, debugging_server) {
     CHECK_EQ(printed(""), "");
 }
 
+// Deviation 25
 TEST(deviations, debugging_server_cannot_print) {
     map_type map;
     smtpd::options with;
@@ -444,6 +463,7 @@ TEST(deviations, debugging_server_cannot_print) {
                              DATA_START + "\r\n");   // the message is not acknowledged
 }
 
+// Deviations 26, 27
 TEST(deviations, debugstream) {
     captured told(smtpd::DEBUGSTREAM);
     {
@@ -477,6 +497,7 @@ TEST(deviations, debugstream) {
 }
 
 // A channel that cannot be made, or fails at once, is its client's loss alone.
+// Deviation 23
 TEST(deviations, new_channel_fails) {
     struct failing : support::recorder {
         int way = 0;
@@ -518,6 +539,7 @@ TEST(deviations, new_channel_fails) {
 }
 
 // An error while an error is handled: the connection is lost, the loop is not.
+// Deviation 23
 TEST(deviations, error_in_handle_error) {
     struct failing : asyncore::dispatcher {
         using dispatcher::dispatcher;
@@ -601,9 +623,11 @@ static void emfile_in_accept(bool use_poll) {
     CHECK_EQ(support::wait_for(map, fourth, "\r\n", use_poll), "220 mx.test C++ SMTP proxy version 1.0.0\r\n");
 }
 
+// Deviation 14
 TEST(deviations, emfile) { emfile_in_accept(false); }
 TEST(deviations, emfile_with_poll) { emfile_in_accept(true); }
 
+// Deviation 15
 TEST(deviations, fd_setsize) {
     rlimit limit{};
     ::getrlimit(RLIMIT_NOFILE, &limit);
@@ -683,6 +707,7 @@ static void urgent_byte(bool use_poll) {
     CHECK_EQ(support::wait_for(map, end, "\r\n", use_poll), "250 OK\r\n");
 }
 
+// Deviation 16
 TEST(deviations, urgent_byte) { urgent_byte(false); }
 TEST(deviations, urgent_byte_with_poll) { urgent_byte(true); }
 
@@ -709,6 +734,7 @@ static void hup_with_data_pending(bool use_poll) {
     CHECK_EQ(chat.data.size(), 10000u);
 }
 
+// Deviation 17
 TEST(deviations, hup_with_data) { hup_with_data_pending(true); }
 TEST(deviations, hup_with_data_and_select) { hup_with_data_pending(false); }
 
@@ -797,6 +823,7 @@ static void client_that_never_reads(bool use_poll) {
     it.client.end();
 }
 
+// Deviation 18
 TEST(deviations, reply_queue) { client_that_never_reads(false); }
 TEST(deviations, reply_queue_with_poll) { client_that_never_reads(true); }
 
@@ -836,6 +863,7 @@ static void half_close(bool use_poll, int commands, std::size_t reply_queue_limi
     }
 }
 
+// Deviation 19
 TEST(deviations, half_close) { half_close(false, 5, 2000); }
 TEST(deviations, half_close_with_poll) { half_close(true, 5, 2000); }
 TEST(deviations, half_close_and_replies_that_wait) { half_close(false, 500, 1 << 20); }
@@ -863,6 +891,7 @@ static void idle_timeout(bool use_poll) {
     CHECK_EQ(it.map.size(), 1u);
 }
 
+// Deviation 20
 TEST(deviations, idle_timeout) { idle_timeout(false); }
 TEST(deviations, idle_timeout_with_poll) { idle_timeout(true); }
 

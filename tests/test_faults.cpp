@@ -665,6 +665,21 @@ void in_a_child(plan fault, bool use_poll, long only = 0) {
     }
 }
 
+// Deviation 28: a name stands for two addresses, and this host lacks the first.
+void second_address() {
+    asyncore::map_type map;
+    smtpd::options with;
+    with.map = &map;
+    with.fqdn = "mx.test";
+    faults::arm({call::bind, EADDRNOTAVAIL, 1, 1});
+    const faults::exposed exposed;
+    smtpd::SMTPServer server({"two.test", 0}, {}, with);
+    faults::disarm();
+    if (server.socket->getsockname().host == "127.0.0.1") return;
+    std::printf("FAILED: a server listens at the second address when the first is not there\n");
+    ++board->problems;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -680,6 +695,7 @@ int main(int argc, char** argv) {
     folder = std::string(parent ? parent : "/tmp") + "/faults-XXXXXX";
     if (!::mkdtemp(folder.data())) return 1;
     std::signal(SIGPIPE, SIG_DFL);
+    second_address();
     for (const bool use_poll : {false, true}) run({}, use_poll)();   // what is made once and kept
     for (const bool use_poll : {false, true})
         if (const verdict result = run({}, use_poll)(); result.count > 0) {

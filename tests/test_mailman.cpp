@@ -78,12 +78,13 @@ std::string recipients(const upstream& side) {
     return text;
 }
 
-}  // namespace
+}   // namespace
 
+// Deviations 42, 43, 44
 TEST(mailman, routes) {
     struct row {
-        std::string name;          // the recipient
-        std::string as = {};       // what Mailman knows it as; "": it goes upstream
+        std::string name;      // the recipient
+        std::string as = {};   // what Mailman knows it as; "": it goes upstream
     };
     std::vector<row> rows{{"list@example.com", "list@example.com"},
                           {"list-admin@example.com", "list-owner@example.com"},
@@ -127,7 +128,8 @@ TEST(mailman, routes) {
                           {"list.example.com"},
                           {"..@example.com"},
                           {"a@b@example.com"}};
-    for (const std::string command : {"bounces", "confirm", "join", "leave", "owner", "request", "subscribe", "unsubscribe"})
+    for (const std::string command :
+         {"bounces", "confirm", "join", "leave", "owner", "request", "subscribe", "unsubscribe"})
         rows.push_back({"list-" + command + "@example.com", "list-" + command + "@example.com"});
     std::string failures;
     mailman_scene here;
@@ -142,7 +144,8 @@ TEST(mailman, routes) {
         }
         const std::string up = recipients(here.up), mailman = recipients(here.mailman);
         const std::string expected = it.as.empty() ? "(" + it.name + ") to upstream" : "(" + it.as + ") to Mailman";
-        const std::string is = (up.empty() ? "" : up + " to upstream") + (mailman.empty() ? "" : mailman + " to Mailman");
+        const std::string is =
+            (up.empty() ? "" : up + " to upstream") + (mailman.empty() ? "" : mailman + " to Mailman");
         if (is != expected || told != RELAYED) failures += "\n  " + it.name + ": " + is + "; " + told;
     }
     if (!failures.empty()) throw test::failure(failures);
@@ -162,13 +165,15 @@ TEST(mailman, a_broken_address_goes_nowhere_near_the_folder) {
     for (const std::string& name : {std::string(), std::string("."), std::string(".."), std::string("list\0", 5),
                                     std::string("x/../list"), std::string("/list")})
         CHECK(!proxy.list_exists(name, "example.com"));
-    for (const std::string& domain : {std::string(), std::string("."), std::string("example.com/"),
-                                      std::string("example.com/.."), std::string("example.com\0", 12), std::string(".com")})
+    for (const std::string& domain :
+         {std::string(), std::string("."), std::string("example.com/"), std::string("example.com/.."),
+          std::string("example.com\0", 12), std::string(".com")})
         CHECK(!proxy.list_exists("list", domain));
     CHECK(!proxy.list_exists(std::string(5000, 'x'), "example.com"));
     proxy.close();
 }
 
+// Deviation 45
 TEST(mailman, headers_are_added_to_the_copy_of_the_lists_only) {
     struct row {
         std::string name;   // the message, LF for CR LF
@@ -277,7 +282,8 @@ TEST(mailman, failures_of_either_side_are_told) {
         {"upstream's no to DATA", false, "DATA", says(NO), END_OF_TWO + NO, 0, 0},
         {"upstream's no to MAIL", false, "MAIL", says(NO), OK + " / " + OK + " / " + NO + " / 354 / " + TAKEN, 0, 1},
         {"upstream's no to RCPT", false, "RCPT", says(NO), OK + " / " + OK + " / " + NO + " / 354 / " + TAKEN, 0, 1},
-        {"upstream's 421 to RCPT", false, "RCPT", says("421 later"), OK + " / " + OK + " / " + lost + " / " + lost, 0, 0},
+        {"upstream's 421 to RCPT", false, "RCPT", says("421 later"), OK + " / " + OK + " / " + lost + " / " + lost, 0,
+         0},
         {"upstream does not greet", false, "greeting", hangs_up(), OK + " / " + OK + " / " + lost + " / " + lost, 0, 0},
         {"Mailman's no to the message", true, "end", says(NO), END_OF_TWO + NO, 1, 0},
         {"Mailman's 4xx to the message", true, "end", says(NOT_NOW), END_OF_TWO + NOT_NOW, 1, 0},
@@ -286,9 +292,11 @@ TEST(mailman, failures_of_either_side_are_told) {
         {"Mailman's 421 to the message", true, "end", says("421 later"), END_OF_TWO + lost, 1, 0},
         {"Mailman's no to DATA", true, "DATA", says(NO), END_OF_TWO + NO, 1, 0},
         {"Mailman's no to RCPT", true, "RCPT", says(NO), OK + " / " + NO + " / " + OK + " / 354 / " + TAKEN, 1, 0},
-        {"Mailman's 4xx to MAIL", true, "MAIL", says(NOT_NOW), OK + " / " + NOT_NOW + " / " + OK + " / 354 / " + TAKEN, 1, 0},
+        {"Mailman's 4xx to MAIL", true, "MAIL", says(NOT_NOW), OK + " / " + NOT_NOW + " / " + OK + " / 354 / " + TAKEN,
+         1, 0},
         {"Mailman closes at RCPT", true, "RCPT", hangs_up(), OK + " / " + lost + " / " + lost + " / 451", 0, 0},
-        {"Mailman does not know LHLO", true, "LHLO", says("502 what?"), OK + " / 502 what? / " + OK + " / 354 / " + TAKEN, 1, 0}};
+        {"Mailman does not know LHLO", true, "LHLO", says("502 what?"),
+         OK + " / 502 what? / " + OK + " / 354 / " + TAKEN, 1, 0}};
     each(rows, [](const row& it, bool use_poll) {
         mailman_scene here(use_poll);
         (it.at_mailman ? here.mailman : here.up).script[it.stage] = {it.what};
@@ -340,8 +348,10 @@ TEST(mailman, everything_goes_with_a_message_in_hand) {
                 mailman_scene here(false, with);
                 upstream& side = at_mailman ? here.mailman : here.up;
                 side.script[stage] = {says("250 fine").when_released()};
-                here.client.say("MAIL FROM:<a@client.test>\r\nRCPT TO:<b@example>\r\nRCPT TO:<list@example.com>\r\n"
-                                "RCPT TO:<my-list@example.com>\r\nDATA\r\n" + body + "\r\n.\r\n");
+                here.client.say(
+                    "MAIL FROM:<a@client.test>\r\nRCPT TO:<b@example>\r\nRCPT TO:<list@example.com>\r\n"
+                    "RCPT TO:<my-list@example.com>\r\nDATA\r\n" +
+                    body + "\r\n.\r\n");
                 here.run_until([&] { return side.held() == 1; });
                 if (how == 0) here.client.reset();
                 if (how == 1) here.owned.reset();
@@ -381,7 +391,7 @@ struct own_mailman : smtpd::MailmanProxy {
     }
 };
 
-}  // namespace
+}   // namespace
 
 TEST(mailman, list_exists_and_enqueue_of_ones_own) {
     smtpd::options with;

@@ -86,6 +86,7 @@ TEST(map, nested_passes_destroy_when_the_outermost_ends) {
     ::close(d);
 }
 
+// Deviation 22
 TEST(map, an_event_does_not_reach_a_newcomer_on_the_same_descriptor) {
     asyncore::map_type map;
     const auto [a, b] = socket_pair();

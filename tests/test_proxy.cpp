@@ -24,14 +24,14 @@ using limit = std::chrono::milliseconds smtpd::timeouts::*;
 struct fault {
     std::string name;
     act what;
-    std::string told;               // what the client hears at that stage; "": all goes well
+    std::string told;   // what the client hears at that stage; "": all goes well
     bool times_out = false;
 };
 
 struct stage {
     std::string name;
-    std::string good;               // the answer that is expected there
-    std::string before;             // what the client has been told by then
+    std::string good;     // the answer that is expected there
+    std::string before;   // what the client has been told by then
     limit wait;
 };
 
@@ -144,8 +144,9 @@ void run_faults(const stage& at, std::vector<fault> more = {}) {
     each(rows, [&](const fault& it, bool use_poll) { run_fault(at, it, use_poll); });
 }
 
-}  // namespace
+}   // namespace
 
+// Deviation 39
 TEST(proxy, faults_at_the_greeting) {
     run_faults(GREETING, {{"250", sends("250 hello\r\n"), NOT_AVAILABLE},
                           {"354", sends("354 hello\r\n"), NOT_AVAILABLE},
@@ -184,6 +185,7 @@ TEST(proxy, faults_at_MAIL) {
                       {"the answer to RCPT comes with it", sends("250 fine\r\n550 never\r\n"), NOT_AVAILABLE}});
 }
 
+// Deviation 34
 TEST(proxy, faults_at_RCPT) {
     run_faults(RCPT, {{"251", says("251 will forward"), ""},
                       {"354", sends("354 go\r\n"), NOT_AVAILABLE},
@@ -272,7 +274,7 @@ struct rewriting_proxy : smtpd::PureProxy {
     }
 };
 
-}  // namespace
+}   // namespace
 
 TEST(proxy, a_message_of_its_own_connection_needs_a_220) {
     scene_with<rewriting_proxy> here;

@@ -27,12 +27,13 @@ std::string joined(const std::vector<std::string>& words) {
     return text;
 }
 
-}  // namespace
+}   // namespace
 
 // ---------------------------------------------------------------------------------------------------------
 // Recipients
 // ---------------------------------------------------------------------------------------------------------
 
+// Deviations 33, 34
 TEST(relay, recipients_get_their_own_answers) {
     struct row {
         std::string name;   // the recipients: yes, 251, 4xx, 5xx
@@ -77,8 +78,11 @@ TEST(relay, a_recipient_that_is_lost_loses_the_transaction) {
         std::string name;
         act what;
     };
-    const std::vector<row> rows{{"silence", says_nothing()}, {"closes", hangs_up()}, {"resets", resets()},
-                                {"421", says("421 4.3.2 bye")}, {"nonsense", sends("what\r\n")}};
+    const std::vector<row> rows{{"silence", says_nothing()},
+                                {"closes", hangs_up()},
+                                {"resets", resets()},
+                                {"421", says("421 4.3.2 bye")},
+                                {"nonsense", sends("what\r\n")}};
     each(rows, [](const row& it, bool use_poll) {
         with_timeout([&](milliseconds wait) {
             smtpd::options with;
@@ -173,9 +177,7 @@ TEST(relay, faults_at_RSET_and_QUIT) {
             smtpd::options with;
             if (it.times_out) with.upstream.command = with.upstream.quit = wait;
             scene here(use_poll, with);
-            const auto another = [&] {
-                CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
-            };
+            const auto another = [&] { CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED); };
             // The client's own.
             here.up.script["RSET"] = {it.what};
             CHECK_EQ(here.client.ask("MAIL FROM:<a@client.test>"), OK);
@@ -261,8 +263,9 @@ TEST(relay, a_name_and_a_name_that_is_none) {
         here.server._remoteaddr = {"999.999.999.999", 25};
         CHECK_EQ(again.ask("MAIL FROM:<a@client.test>"), NOT_AVAILABLE);
         here.server._remoteaddr = {};
-        CHECK_EQ(again.ask("MAIL FROM:<a@client.test>").substr(0, 3) == "250" ? again.ask("RCPT TO:<b@example>") : "451",
-                 std::string("451"));
+        CHECK_EQ(
+            again.ask("MAIL FROM:<a@client.test>").substr(0, 3) == "250" ? again.ask("RCPT TO:<b@example>") : "451",
+            std::string("451"));
         CHECK_EQ(again.ask("QUIT"), std::string("221 Bye"));
         again.wait_for_close();
     }
@@ -323,7 +326,7 @@ void check_mail(const upstream& up, const moment& it) {
 
 enum class way { closes, resets, hangs_on };
 
-}  // namespace
+}   // namespace
 
 TEST(relay, the_client_leaves_at_any_stage) {
     for (const way how : {way::closes, way::resets}) {
@@ -363,7 +366,9 @@ TEST(relay, stop_with_a_relay_in_hand) {
             CHECK(told == OK || (it.held == "end" && told == "250 fine") || (it.held == "DATA" && told == TAKEN));
         } else if (it.said.find("DATA") != it.said.npos) {
             CHECK_EQ(here.client.received, std::string());
-            const std::string rest = it.name == "after DATA" ? body + "\r\n" : it.name == "in the message" ? "lo\r\n" : "";
+            const std::string rest = it.name == "after DATA"       ? body + "\r\n"
+                                     : it.name == "in the message" ? "lo\r\n"
+                                                                   : "";
             here.client.say(rest + ".\r\n");
             CHECK_EQ(here.client.answer(), TAKEN);
         }
@@ -442,12 +447,13 @@ TEST(relay, the_server_goes_while_a_message_is_being_sent) {
 namespace {
 
 const std::string PIPELINE =
-    "MAIL FROM:<a@client.test>\r\nRCPT TO:<b@example>\r\nRCPT TO:<no@example>\r\nRCPT TO:<c@example>\r\nDATA\r\n" + body +
+    "MAIL FROM:<a@client.test>\r\nRCPT TO:<b@example>\r\nRCPT TO:<no@example>\r\nRCPT TO:<c@example>\r\nDATA\r\n" +
+    body +
     "\r\n.\r\nMAIL FROM:<a@client.test>\r\nRCPT TO:<no@example>\r\nRSET\r\nMAIL FROM:<d@client.test>\r\n"
     "RCPT TO:<later@example>\r\nRCPT TO:<e@example>\r\nDATA\r\n.\r\nNOOP\r\nQUIT\r\n";
 const std::string END_DATA = "354 End data with <CR><LF>.<CR><LF>\r\n";
-const std::string PIPELINE_TOLD = "250 OK\r\n250 OK\r\n" + NO + "\r\n250 OK\r\n" + END_DATA + TAKEN + "\r\n250 OK\r\n" + NO +
-                                  "\r\n250 OK\r\n250 OK\r\n" + NOT_NOW + "\r\n250 OK\r\n" + END_DATA + TAKEN +
+const std::string PIPELINE_TOLD = "250 OK\r\n250 OK\r\n" + NO + "\r\n250 OK\r\n" + END_DATA + TAKEN + "\r\n250 OK\r\n" +
+                                  NO + "\r\n250 OK\r\n250 OK\r\n" + NOT_NOW + "\r\n250 OK\r\n" + END_DATA + TAKEN +
                                   "\r\n250 OK\r\n221 Bye\r\n";
 
 void run_pipeline(scene& here, const std::vector<std::string>& pieces) {
@@ -471,7 +477,7 @@ void run_pipeline(scene& here, const std::vector<std::string>& pieces) {
     CHECK_EQ(here.up.messages[0].data, std::string("Subject: tagged-1\nX-Peer: 127.0.0.1\n\nHello\n"));
 }
 
-}  // namespace
+}   // namespace
 
 TEST(relay, a_pipeline_in_one_packet) {
     for (const bool use_poll : {false, true}) {
@@ -499,8 +505,9 @@ TEST(relay, a_pipeline_that_loses_its_upstream) {
         here.client.say(mail + "RSET\r\n" + mail + body + "\r\n.\r\nQUIT\r\n");
         here.client.wait_for_close();
         const std::string lost = NOT_AVAILABLE + "\r\n";
-        CHECK_EQ(here.client.received, "250 OK\r\n250 OK\r\n" + lost + lost + "250 OK\r\n250 OK\r\n250 OK\r\n250 OK\r\n" +
-                                           END_DATA + TAKEN + "\r\n221 Bye\r\n");
+        CHECK_EQ(here.client.received, "250 OK\r\n250 OK\r\n" + lost + lost +
+                                           "250 OK\r\n250 OK\r\n250 OK\r\n250 OK\r\n" + END_DATA + TAKEN +
+                                           "\r\n221 Bye\r\n");
         here.wait_until_upstream_is_left();
         CHECK_EQ(here.up.messages.size(), 1u);
     }
@@ -535,8 +542,8 @@ std::vector<std::string> false_ends() {
 std::vector<std::string> lines_of(const std::string& text, const std::vector<std::string>& ends) {
     std::vector<std::string> lines(1);
     for (std::size_t at = 0; at < text.size();) {
-        const auto found =
-            std::find_if(ends.begin(), ends.end(), [&](const auto& end) { return text.compare(at, end.size(), end) == 0; });
+        const auto found = std::find_if(ends.begin(), ends.end(),
+                                        [&](const auto& end) { return text.compare(at, end.size(), end) == 0; });
         if (found == ends.end()) {
             lines.back() += text[at++];
         } else {
@@ -565,7 +572,8 @@ std::string without_x_peer(std::string wire) {
     return at == wire.npos ? "no X-Peer in " + wire : wire.erase(at, line.size());
 }
 
-const std::string EVIL = "MAIL FROM:<evil@client.test>\r\nRCPT TO:<victim@example>\r\nDATA\r\nSubject: evil\r\n\r\nevil";
+const std::string EVIL =
+    "MAIL FROM:<evil@client.test>\r\nRCPT TO:<victim@example>\r\nDATA\r\nSubject: evil\r\n\r\nevil";
 
 void smuggle(scene& here, const std::vector<std::string>& pieces) {
     here.up.messages.clear();
@@ -586,7 +594,7 @@ void smuggle(scene& here, const std::vector<std::string>& pieces) {
     CHECK_EQ(here.client.received, std::string());
 }
 
-}  // namespace
+}   // namespace
 
 TEST(relay, nothing_in_a_message_ends_it) {
     for (const bool use_poll : {false, true}) {
@@ -615,13 +623,15 @@ TEST(relay, nothing_in_a_message_ends_it_split_at_every_byte) {
     }
 }
 
+// Deviation 37
 TEST(relay, any_bytes_in_lines_of_any_length) {
     std::string all;
     for (int round = 0; round < 3; ++round)
         for (int c = 0; c < 256; ++c) all += static_cast<char>(c);
     scene here;
     smuggle(here, {"S: x\r\n\r\n" + all});
-    smuggle(here, {"S: x\r\n\r\n" + std::string(300000, '.') + "\r\n" + std::string(200000, '\n') + std::string(70000, '\r')});
+    smuggle(here, {"S: x\r\n\r\n" + std::string(300000, '.') + "\r\n" + std::string(200000, '\n') +
+                   std::string(70000, '\r')});
     for (std::size_t n = 65530; n < 65542; ++n) smuggle(here, {std::string(n, 'x') + "\n.\n." + std::string(n, '.')});
     here.finish();
 }
@@ -635,17 +645,18 @@ TEST(relay, X_Peer_is_the_last_header_line) {
         std::string name, wire;
     };
     const std::string X = "X-Peer: 127.0.0.1\r\n";
-    const std::vector<row> rows{{"Subject: x\r\n\r\nHello\r\n", "Subject: x\r\n" + X + "\r\nHello\r\n"},
-                                {"A: 1\r\nB: 2\r\n\r\nHello\r\n\r\nmore\r\n", "A: 1\r\nB: 2\r\n" + X + "\r\nHello\r\n\r\nmore\r\n"},
-                                {"A: 1\r\n folded\r\n\r\nHello\r\n", "A: 1\r\n folded\r\n" + X + "\r\nHello\r\n"},
-                                {"Subject: x\r\n", "Subject: x\r\n" + X},
-                                {"Subject: x\r\n\r\n", "Subject: x\r\n" + X + "\r\n"},
-                                {"\r\nno header\r\n", X + "\r\nno header\r\n"},
-                                {"\r\n", X + "\r\n"},
-                                {"", X + "\r\n"},
-                                {"Hello, no header\r\nat all\r\n", "Hello, no header\r\nat all\r\n" + X},
-                                {"A: 1\n\nHello\r\n", "A: 1\r\n" + X + "\r\nHello\r\n"},
-                                {"X-Peer: forged\r\n\r\nHello\r\n", "X-Peer: forged\r\n" + X + "\r\nHello\r\n"}};
+    const std::vector<row> rows{
+        {"Subject: x\r\n\r\nHello\r\n", "Subject: x\r\n" + X + "\r\nHello\r\n"},
+        {"A: 1\r\nB: 2\r\n\r\nHello\r\n\r\nmore\r\n", "A: 1\r\nB: 2\r\n" + X + "\r\nHello\r\n\r\nmore\r\n"},
+        {"A: 1\r\n folded\r\n\r\nHello\r\n", "A: 1\r\n folded\r\n" + X + "\r\nHello\r\n"},
+        {"Subject: x\r\n", "Subject: x\r\n" + X},
+        {"Subject: x\r\n\r\n", "Subject: x\r\n" + X + "\r\n"},
+        {"\r\nno header\r\n", X + "\r\nno header\r\n"},
+        {"\r\n", X + "\r\n"},
+        {"", X + "\r\n"},
+        {"Hello, no header\r\nat all\r\n", "Hello, no header\r\nat all\r\n" + X},
+        {"A: 1\n\nHello\r\n", "A: 1\r\n" + X + "\r\nHello\r\n"},
+        {"X-Peer: forged\r\n\r\nHello\r\n", "X-Peer: forged\r\n" + X + "\r\nHello\r\n"}};
     each(rows, [](const row& it, bool use_poll) {
         scene here(use_poll);
         here.client.ask("MAIL FROM:<a@client.test>");
@@ -658,6 +669,7 @@ TEST(relay, X_Peer_is_the_last_header_line) {
     });
 }
 
+// Deviation 41
 TEST(relay, X_Peer_of_a_UNIX_socket_is_unix) {
     scene here;
     caller local(here.server, false);
@@ -669,6 +681,7 @@ TEST(relay, X_Peer_of_a_UNIX_socket_is_unix) {
     here.wait_until_upstream_is_left();
 }
 
+// Deviations 35, 36
 TEST(relay, options_are_passed_on_where_they_are_offered) {
     struct row {
         std::string name;
@@ -704,6 +717,7 @@ TEST(relay, options_are_passed_on_where_they_are_offered) {
     });
 }
 
+// Deviation 40
 TEST(relay, addresses_are_passed_on_as_they_are) {
     scene here;
     for (const std::string it : {"a@b", "\"a b\"@b", "a+b=c%d!e@b", "a@[127.0.0.1]", "a"}) {
@@ -750,7 +764,7 @@ struct filter : smtpd::PureProxy {
 using filtered = scene_with<filter>;
 const std::string SO_FAR = OK + " / " + OK + " / 354 / ";
 
-}  // namespace
+}   // namespace
 
 TEST(relay, a_filter_refuses_with_a_text) {
     filtered here;
@@ -783,6 +797,7 @@ TEST(relay, a_filter_rewrites_and_throws) {
     CHECK_EQ(here.up.heard.size(), 1u);
 }
 
+// Deviation 38
 TEST(relay, changed_recipients_are_all_or_none) {
     struct row {
         std::string name, told;
@@ -815,7 +830,8 @@ TEST(relay, changed_recipients_are_all_or_none) {
 
 TEST(relay, deliver_several_copies) {
     filtered here;
-    here.server.process = [](filter& it, const auto&, const auto& from, const auto& to, auto&& data, const auto& kwargs) {
+    here.server.process = [](filter& it, const auto&, const auto& from, const auto& to, auto&& data,
+                             const auto& kwargs) {
         // To an archive first; then to whom it is for. The client hears of the first that fails.
         const auto reply = kwargs.defer();
         const std::string copy = data;
@@ -904,8 +920,10 @@ TEST(relay, a_hundred_clients_at_once) {
         std::vector<std::unique_ptr<caller>> clients;
         for (int i = 0; i < 100; ++i) {
             clients.push_back(std::make_unique<caller>(here.map, here.server.socket->getsockname(), use_poll));
-            clients.back()->say("EHLO client.test\r\nMAIL FROM:<a@client.test>\r\nRCPT TO:<b@example>\r\nDATA\r\n"
-                                "Subject: tagged-" + std::to_string(i) + "-\r\n\r\nHello\r\n.\r\nQUIT\r\n");
+            clients.back()->say(
+                "EHLO client.test\r\nMAIL FROM:<a@client.test>\r\nRCPT TO:<b@example>\r\nDATA\r\n"
+                "Subject: tagged-" +
+                std::to_string(i) + "-\r\n\r\nHello\r\n.\r\nQUIT\r\n");
         }
         // The upstream has all the messages, and has answered none.
         here.wait_until_held(100);

@@ -24,9 +24,7 @@ struct talk_with {
     explicit talk_with(const smtpd::timeouts& wait = {}) : session(&map, wait) {}
 
     smtpd::SMTP::handler keep() {
-        return [this](const smtpd::reply& answer) {
-            told.push_back((answer.code < 0 ? "-1 " : "") + answer.line());
-        };
+        return [this](const smtpd::reply& answer) { told.push_back((answer.code < 0 ? "-1 " : "") + answer.line()); };
     }
     void run_until(const std::function<bool()>& done) { support::run_until(map, done); }
     // Waits for the next answer.
@@ -57,8 +55,8 @@ struct talk_with {
 using talk = talk_with<>;
 
 // What sendmail() does: "" or the recipients it returns, or the answer that it throws.
-std::string outcome(upstream& up, const std::vector<std::string>& to, const std::string& message = "Subject: x\n\nHello\n",
-                    const std::string& from = "a@client.test") {
+std::string outcome(upstream& up, const std::vector<std::string>& to,
+                    const std::string& message = "Subject: x\n\nHello\n", const std::string& from = "a@client.test") {
     try {
         std::string refused;
         for (const auto& [recipient, why] : smtpd::sendmail(up.where(), from, to, message))
@@ -73,7 +71,7 @@ std::string outcome(upstream& up, const std::vector<std::string>& to, const std:
 const std::string NO = "550 5.1.1 never";
 const std::string NOT_NOW = "450 4.2.1 not now";
 
-}  // namespace
+}   // namespace
 
 // ---------------------------------------------------------------------------------------------------------
 // sendmail()
@@ -161,7 +159,8 @@ TEST(sendmail, HELO_when_there_is_no_EHLO) {
 
 TEST(sendmail, line_ends_and_NUL_in_an_address_are_an_error_of_the_caller) {
     upstream_thread it;
-    for (const std::string& bad : {std::string("\r\nRSET"), std::string("\n"), std::string("\r"), std::string(1, '\0')}) {
+    for (const std::string& bad :
+         {std::string("\r\nRSET"), std::string("\n"), std::string("\r"), std::string(1, '\0')}) {
         CHECK_THROWS(outcome(it.up, {"b@example"}, "x", "a@x" + bad), std::invalid_argument);
         CHECK_THROWS(outcome(it.up, {"b@example", "c@x" + bad}, "x"), std::invalid_argument);
     }
@@ -208,8 +207,9 @@ TEST(smtplib, a_session_by_hand) {
     CHECK_EQ(it.next(), std::string("250 2.0.0 reset"));
     it.leave();
     CHECK(closed);
-    CHECK_EQ(it.up.conversation(0), std::string("NOOP / EHLO [127.0.0.1] / MAIL FROM:<a@client.test> SIZE=10 BODY=8BITMIME "
-                                                "/ RCPT TO:<b@example> / DATA / (message) / RSET / QUIT"));
+    CHECK_EQ(it.up.conversation(0),
+             std::string("NOOP / EHLO [127.0.0.1] / MAIL FROM:<a@client.test> SIZE=10 BODY=8BITMIME "
+                         "/ RCPT TO:<b@example> / DATA / (message) / RSET / QUIT"));
 }
 
 TEST(smtplib, features) {
@@ -254,15 +254,27 @@ TEST(smtplib, answers_of_any_form) {
         std::string bytes, told;
     };
     const std::string senseless = "-1 the answer makes no sense", lost = "-1 the connection was closed";
-    for (const auto& [bytes, told] :
-         {row{"250 ok\r\n", "250 ok"}, row{"250 ok\n", "250 ok"}, row{"250\r\n", "250"}, row{"250 \r\n", "250"},
-          row{"250-a\r\n250-\r\n250 b\r\n", "250-a\r\n250-\r\n250 b"}, row{"250-a\r\n250\r\n", "250-a\r\n250"},
-          row{"299 x\r\n", "299 x"}, row{"300 x\r\n", "300 x"}, row{"599 x\r\n", "599 x"}, row{"600 x\r\n", senseless},
-          row{"199 x\r\n", senseless}, row{"25 x\r\n", senseless}, row{"2500 x\r\n", senseless},
-          row{"250-a\r\n251 b\r\n", senseless}, row{"\r\n", senseless}, row{"ok\r\n", senseless},
-          row{std::string("250 a\0b\x1b[2J\x7f!\r\n", 15), "250 a b [2J !"}, row{"250 a\tb\r\n", "250 a\tb"},
-          row{"250 \xc3\xa4\r\n", "250 \xc3\xa4"}, row{"250 ok\r\n250 ok\r\n", "-1 there are more answers than commands"},
-          row{"250 ok\r\n2", "-1 there are more answers than commands"}}) {
+    for (const auto& [bytes, told] : {row{"250 ok\r\n", "250 ok"},
+                                      row{"250 ok\n", "250 ok"},
+                                      row{"250\r\n", "250"},
+                                      row{"250 \r\n", "250"},
+                                      row{"250-a\r\n250-\r\n250 b\r\n", "250-a\r\n250-\r\n250 b"},
+                                      row{"250-a\r\n250\r\n", "250-a\r\n250"},
+                                      row{"299 x\r\n", "299 x"},
+                                      row{"300 x\r\n", "300 x"},
+                                      row{"599 x\r\n", "599 x"},
+                                      row{"600 x\r\n", senseless},
+                                      row{"199 x\r\n", senseless},
+                                      row{"25 x\r\n", senseless},
+                                      row{"2500 x\r\n", senseless},
+                                      row{"250-a\r\n251 b\r\n", senseless},
+                                      row{"\r\n", senseless},
+                                      row{"ok\r\n", senseless},
+                                      row{std::string("250 a\0b\x1b[2J\x7f!\r\n", 15), "250 a b [2J !"},
+                                      row{"250 a\tb\r\n", "250 a\tb"},
+                                      row{"250 \xc3\xa4\r\n", "250 \xc3\xa4"},
+                                      row{"250 ok\r\n250 ok\r\n", "-1 there are more answers than commands"},
+                                      row{"250 ok\r\n2", "-1 there are more answers than commands"}}) {
         talk it;
         it.connect();
         it.up.script["XTRA"] = {sends(bytes)};
@@ -283,9 +295,10 @@ TEST(smtplib, long_answers) {
     const std::string line(100, 'x');
     std::string many;
     for (int i = 0; i < 10; ++i) many += "250-" + line + "\r\n";
-    for (const auto& [bytes, fine] : {row{"250 " + std::string(60, 'x') + "\r\n", true}, row{"250 " + line + line + "\r\n", false},
-                                      row{"250 " + line + line, false}, row{many + "250 end\r\n", false}, row{many, false},
-                                      row{many.substr(0, 300) + "\r\n250 end\r\n", true}}) {
+    for (const auto& [bytes, fine] :
+         {row{"250 " + std::string(60, 'x') + "\r\n", true}, row{"250 " + line + line + "\r\n", false},
+          row{"250 " + line + line, false}, row{many + "250 end\r\n", false}, row{many, false},
+          row{many.substr(0, 300) + "\r\n250 end\r\n", true}}) {
         talk it;
         it.connect();
         it.session.maxline = 110;
@@ -316,12 +329,13 @@ TEST(smtplib, one_command_at_a_time) {
 TEST(smtplib, commands_may_not_have_line_ends) {
     talk it;
     it.connect();
-    for (const std::string& bad : {std::string("\r\nRSET"), std::string("\n"), std::string("\r"), std::string(1, '\0')}) {
+    for (const std::string& bad :
+         {std::string("\r\nRSET"), std::string("\n"), std::string("\r"), std::string(1, '\0')}) {
         CHECK_THROWS(it.session.docmd("NOOP" + bad, it.keep()), std::invalid_argument);
         CHECK_THROWS(it.session.mail("a" + bad, {}, it.keep()), std::invalid_argument);
         CHECK_THROWS(it.session.mail("a", {"SIZE=1" + bad}, it.keep()), std::invalid_argument);
         CHECK_THROWS(it.session.rcpt("b" + bad, it.keep()), std::invalid_argument);
-        CHECK_THROWS(it.session.sendmail("a" + bad, {"b"}, "x", true, nullptr), std::invalid_argument);
+        CHECK_THROWS(it.session.sendmail("a" + bad, {"b"}, "x", {}, true, nullptr), std::invalid_argument);
     }
     CHECK(it.told.empty());
     CHECK_EQ(it.say("NOOP").substr(0, 3), std::string("502"));
@@ -424,7 +438,7 @@ TEST(smtplib, a_session_owned_by_its_map) {
     bool done = false;
     it.connect(up.where(), [&](const smtpd::reply&) {
         it.ehlo([&](const smtpd::reply&) {
-            it.sendmail("a@client.test", {"b@example"}, "Hello\n", false,
+            it.sendmail("a@client.test", {"b@example"}, "Hello\n", {}, false,
                         [&](const smtpd::reply& answer, const smtpd::SMTP::refused&) {
                             result = answer;
                             done = true;
@@ -476,7 +490,7 @@ TEST(lmtp, the_worst_answer_counts) {
             it.connect();
             it.session.ehlo_or_helo_if_needed(it.keep());
             it.next();
-            it.session.sendmail("a@client.test", to, "Hello\n", false,
+            it.session.sendmail("a@client.test", to, "Hello\n", {}, false,
                                 [&](const smtpd::reply& answer, const smtpd::SMTP::refused&) { it.keep()(answer); });
             const std::string told = it.next();
             if (told != row.told) throw test::failure(row.name + (slow ? ", slowly: " : ": ") + told);
@@ -495,7 +509,7 @@ TEST(lmtp, only_accepted_recipients_are_answered_for) {
     it.ehlo();
     for (int round = 0; round < 2; ++round) {
         smtpd::SMTP::refused refused;
-        it.session.sendmail("a@client.test", {"b@example", "no@example", "c@example"}, "Hello\n", false,
+        it.session.sendmail("a@client.test", {"b@example", "no@example", "c@example"}, "Hello\n", {}, false,
                             [&](const smtpd::reply& answer, const smtpd::SMTP::refused& some) {
                                 refused = some;
                                 it.keep()(answer);
@@ -526,7 +540,7 @@ TEST(lmtp, an_answer_that_is_missing) {
         it.up.script["end c@example"] = {hangs_up()};
         it.connect();
         it.ehlo();
-        it.session.sendmail("a@client.test", {"b@example", "c@example"}, "Hello\n", false,
+        it.session.sendmail("a@client.test", {"b@example", "c@example"}, "Hello\n", {}, false,
                             [&](const smtpd::reply& answer, const smtpd::SMTP::refused&) { it.keep()(answer); });
         CHECK_EQ(it.next().substr(0, 2), std::string("-1"));
     }

@@ -45,7 +45,7 @@ std::string inside_brackets(const std::string& line) {
     return from == line.npos || to == line.npos ? line : line.substr(from + 1, to - from - 1);
 }
 
-}  // namespace
+}   // namespace
 
 act says(const std::string& answer) {
     act it;
@@ -272,7 +272,7 @@ class upstream::session : public asynchat::async_chat {
     std::string line_, stage_, line_of_stage_;
     act now_;
     mail mail_;
-    std::vector<std::string> waiting_;    // recipients whose answer to the message is still to come
+    std::vector<std::string> waiting_;   // recipients whose answer to the message is still to come
     std::size_t dripped_ = 0, mine_ = 0;
     bool owed_ = false, open_ = false, in_message_ = false, first_line_ = false, quit_ = false, spoiled_ = false;
 };
@@ -444,4 +444,4 @@ std::string caller::mail(const std::string& from, const std::vector<std::string>
     return all + " / 354 / " + answer();
 }
 
-}  // namespace support
+}   // namespace support

@@ -18,16 +18,22 @@ namespace support {
 struct act {
     enum ending { stay, hang_up, reset };
 
-    std::string bytes;           // it sends these
-    bool slow = false;           // one byte in each pass
-    bool silent = false;         // it never answers
-    bool held = false;           // it answers when release() is called
-    bool well_formed = false;    // one answer as RFC 5321 has it: the session is expected to end properly
+    std::string bytes;          // it sends these
+    bool slow = false;          // one byte in each pass
+    bool silent = false;        // it never answers
+    bool held = false;          // it answers when release() is called
+    bool well_formed = false;   // one answer as RFC 5321 has it: the session is expected to end properly
     ending then = stay;
 
-    act slowly() const { return with([](act& it) { it.slow = true; }); }
-    act then_hangs_up() const { return with([](act& it) { it.then = hang_up; }); }
-    act when_released() const { return with([](act& it) { it.held = true; }); }
+    act slowly() const {
+        return with([](act& it) { it.slow = true; });
+    }
+    act then_hangs_up() const {
+        return with([](act& it) { it.then = hang_up; });
+    }
+    act when_released() const {
+        return with([](act& it) { it.held = true; });
+    }
 
   private:
     template <typename Change>
@@ -38,34 +44,34 @@ struct act {
     }
 };
 
-act says(const std::string& answer);       // a proper one; CR LF is added
-act sends(const std::string& bytes);       // anything
+act says(const std::string& answer);   // a proper one; CR LF is added
+act sends(const std::string& bytes);   // anything
 act says_nothing();
 act hangs_up();
-act resets();                              // the connection, so that the other side gets ECONNRESET
+act resets();   // the connection, so that the other side gets ECONNRESET
 
 class upstream : public asyncore::dispatcher {
   public:
     struct mail {
-        std::string mailfrom;                // the whole MAIL line
-        std::vector<std::string> rcpttos;    // those that were accepted, without TO: and brackets
-        std::string wire;                    // as it came, without the last dot
-        std::string data;                    // the same without the doubled dots
-        std::string told;                    // what was answered
-        bool accepted = false;               // that was 250, or began with a whole 250
+        std::string mailfrom;               // the whole MAIL line
+        std::vector<std::string> rcpttos;   // those that were accepted, without TO: and brackets
+        std::string wire;                   // as it came, without the last dot
+        std::string data;                   // the same without the doubled dots
+        std::string told;                   // what was answered
+        bool accepted = false;              // that was 250, or began with a whole 250
         std::size_t connection = 0;
     };
 
     std::vector<std::string> extensions{"SIZE 33554432", "8BITMIME"};
-    bool lmtp = false;                                // an answer for each recipient after the message
-    std::map<std::string, std::deque<act>> script;    // by line or verb; each act is used once
-    std::map<std::string, act> always;                // the same, for good
+    bool lmtp = false;                               // an answer for each recipient after the message
+    std::map<std::string, std::deque<act>> script;   // by line or verb; each act is used once
+    std::map<std::string, act> always;               // the same, for good
     // Stages that are no verbs: "greeting", "body" (the first line has come), "end" (the last dot has come; for
     // LMTP also "end ADDRESS").
 
-    std::deque<std::vector<std::string>> heard;       // the lines of each connection; "(message)" for a message
-    std::deque<mail> messages;                        // that came with their last dot
-    std::vector<std::string> complaints;              // where its client was wrong; see check()
+    std::deque<std::vector<std::string>> heard;   // the lines of each connection; "(message)" for a message
+    std::deque<mail> messages;                    // that came with their last dot
+    std::vector<std::string> complaints;          // where its client was wrong; see check()
 
     explicit upstream(asyncore::map_type& map);
     ~upstream() override;
@@ -75,16 +81,16 @@ class upstream : public asyncore::dispatcher {
 
     int port() const { return port_; }
     asyncore::address where() const { return {"127.0.0.1", port_}; }
-    void refuse();          // connections to its port are refused from now on
+    void refuse();   // connections to its port are refused from now on
     void accept_again();
-    std::size_t open() const { return sessions_.size(); }          // connections
-    std::size_t held() const { return held_.size(); }              // answers that wait for release()
-    void release();                                                // the oldest of them is sent
-    void hang_up();                                                // on everybody
-    void say_unasked(const std::string& bytes);                    // to everybody
+    std::size_t open() const { return sessions_.size(); }   // connections
+    std::size_t held() const { return held_.size(); }       // answers that wait for release()
+    void release();                                         // the oldest of them is sent
+    void hang_up();                                         // on everybody
+    void say_unasked(const std::string& bytes);             // to everybody
 
-    std::string conversation(std::size_t connection) const;        // its lines, joined by " / "
-    std::size_t accepted(std::string_view text) const;             // messages with that text that were told 250
+    std::string conversation(std::size_t connection) const;   // its lines, joined by " / "
+    std::size_t accepted(std::string_view text) const;        // messages with that text that were told 250
 
     // Throws when a client of this server has broken the protocol: more than one command at a time, a MAIL inside
     // a transaction, a line end that is not CR LF, a connection that ends without QUIT though all went well.
@@ -95,7 +101,7 @@ class upstream : public asyncore::dispatcher {
     act next(const std::string& line, const std::string& stage, const std::string& usual);
 
     int port_ = 0;
-    asyncore::socket_type placeholder_;    // keeps the port while connections are refused
+    asyncore::socket_type placeholder_;   // keeps the port while connections are refused
     std::vector<session*> sessions_;
     std::deque<session*> held_;
 };
@@ -103,18 +109,18 @@ class upstream : public asyncore::dispatcher {
 // A client in the loop of the server it talks to.
 class caller : public asyncore::dispatcher {
   public:
-    std::string received;    // and not taken yet
+    std::string received;   // and not taken yet
     bool eof = false;
 
     caller(asyncore::map_type& map, const asyncore::address& server, bool use_poll = false);
-    caller(smtpd::SMTPServer& server, bool use_poll);    // over a UNIX socket that the server has accepted
+    caller(smtpd::SMTPServer& server, bool use_poll);   // over a UNIX socket that the server has accepted
     std::string class_name() const override { return "caller"; }
 
     void say(std::string_view bytes);
-    std::string answer();                         // the next one, without its last CR LF; "(closed)"
-    std::string ask(const std::string& line);     // CR LF is added
+    std::string answer();                       // the next one, without its last CR LF; "(closed)"
+    std::string ask(const std::string& line);   // CR LF is added
     void wait_for_close();
-    void reset();                                 // closes without a FIN
+    void reset();   // closes without a FIN
     void run_until(const std::function<bool()>& done);
 
     void handle_connect() override {}
@@ -135,6 +141,6 @@ class caller : public asyncore::dispatcher {
     std::string unsent_;
 };
 
-}  // namespace support
+}   // namespace support
 
 #endif

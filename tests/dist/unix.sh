@@ -95,8 +95,8 @@ makefile() {
     [ "$(sed 1q "$root/Makefile")" = .POSIX: ] || { echo "the Makefile does not begin with .POSIX:"; return 1; }
     grep -n -E ':=|\?=|\+=|^[ -]*(ifn?eq|ifn?def|include|define)|\$\((shell|wildcard|patsubst)|%' "$root/Makefile" &&
         { echo "that is not POSIX"; return 1; }
-    "$root/tests/dist/core_sources.sh" | sed 's/cpp$/o/' >want
-    sed -n '/^TESTS *=/,/[^\\]$/p' "$root/Makefile" | tr ' ' '\n' | grep '\.o$' | sort | diff want - ||
+    "$root/tests/dist/core_sources.sh" | sed 's/cpp$/o/' | LC_ALL=C sort >want
+    sed -n '/^TESTS *=/,/[^\\]$/p' "$root/Makefile" | tr ' \t' '\n\n' | grep '\.o$' | LC_ALL=C sort | diff want - ||
         { echo "TESTS in the Makefile is not what is in tests/"; return 1; }
     mkdir -p copy/tests
     cp "$root"/*.?pp "$root/Makefile" "$root/README.md" "$root/LICENSE" copy

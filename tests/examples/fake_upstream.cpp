@@ -4,13 +4,14 @@
 // A fault is VERB=COUNT=ANSWER: the first COUNT times (0: always) that VERB comes, ANSWER is given instead; after
 // that all goes well. The VERB "." is the end of a message; the ANSWER "close" (to any other) ends the connection.
 // Without faults: RCPT=2="451 4.3.0 try again".
-#include "smtpd.hpp"
 #include <cstdlib>
 #include <iostream>
 
+#include "smtpd.hpp"
+
 struct fault {
     std::string verb, answer;
-    int left;      // times; 0 and below: for ever
+    int left;   // times; 0 and below: for ever
     bool over = false;
 };
 static std::vector<fault> faults;
@@ -49,7 +50,9 @@ struct FaultyServer : smtpd::SMTPServer {
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const smtpd::message_options&) override {
         const auto answer = scripted(".");
-        if (!answer) std::cout << "taken: " << data.size() << " bytes from " << mailfrom << " to " << rcpttos.size() << std::endl;
+        if (!answer)
+            std::cout << "taken: " << data.size() << " bytes from " << mailfrom << " to " << rcpttos.size()
+                      << std::endl;
         return answer;
     }
 };

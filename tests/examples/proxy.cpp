@@ -2,9 +2,10 @@
 // Usage: proxy [port [nexthost [nextport]]]
 //
 // Whoever reaches the port can send mail anywhere: keep it on a loopback address.
-#include "smtpd.hpp"
 #include <cstdlib>
 #include <iostream>
+
+#include "smtpd.hpp"
 
 int main(int argc, char** argv) {
     const int port = argc > 1 ? std::atoi(argv[1]) : 1025;
