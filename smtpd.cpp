@@ -1522,9 +1522,8 @@ void SMTP::handle_close() {
     if (sending_ && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
         // The server takes no more of the message: it may have said why.
         producer_fifo.clear();
-        sent_ = true;
-        due_ = std::min(due_, after(wait_.quit));
-        return;
+        handle_read();
+        if (!connected) return;
     }
     fail("the connection was closed");
 }

@@ -615,7 +615,7 @@ class Maker:
     SPACES = ['\u00a0', '\u3000', '\u2003', '\u2028', '\u0085', '\u1680', '\u205f', '\x1c', '\x1f',
               '\x0b', '\x0c']
     CONTROLS = list('\x00\x01\x07\x08\x0b\x0c\x0d\x0a\x1b\x1c\x1e\x1f\x7f\x80\x85\t')
-    SPECIALS = list('()<>@,:;.\\"[] \t=?') + ['=?', '?=', '\u00a0', 'é']
+    SPECIALS = list('()<>@,:;.\\"[] \t=?') + ['=?', '?=', '\u00a0', '\u00a0 ', ' \u3000', '()', '""', 'é', 'a']
     LIMITS = [510, 511, 512, 513, 514, 536, 537, 538, 539, 540, 546, 547, 548, 549, 550, 562, 563,
               564, 565, 574, 600, 1000, 1024, 1025]
     STRAY_LINES = ['', ' ', ' NOOP', '\tNOOP', 'NOOP\t', 'NOOP\tx', '.', '..', 'QUITE', '\x00', '\x00NOOP',
@@ -713,6 +713,8 @@ class Maker:
     def domain(self):
         if self.chance(0.15):
             inner = self.r.choice(self.LITERALS)
+            if self.chance(0.5):
+                inner = ''.join(self.some(lambda: self.r.choice(self.SPECIALS), 0, 5))
             return self.cfws() + '[' + inner + (']' if self.chance(0.9) else '') + self.cfws()
         text = self.cfws() + self.atom() + self.cfws()
         while self.chance(0.5):
@@ -739,9 +741,9 @@ class Maker:
             text += self.pick('>', '>', '>', '>', '>', '>', '>', '', '>>', ' >') + self.cfws()
         if self.chance(0.1):
             text = self.pick('Joe ', 'group: ', '"Joe" ', '<', '(x)') + text
-        if self.chance(0.2):
+        while self.chance(0.25):
             text = self.mutated(text, self.SPECIALS)
-        if self.chance(0.08):
+        if self.chance(0.06):
             text = self.mutated(text, self.CONTROLS)
         return text
 
