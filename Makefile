@@ -48,14 +48,19 @@ amalgamation:
 	sh tests/dist/amalgamate.sh
 
 install: smtpd libsmtpd.a
-	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/share/man/man1
+	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	mkdir -p $(DESTDIR)$(PREFIX)/share/man/man1
 	cp smtpd $(DESTDIR)$(PREFIX)/bin
 	cp $(HEADERS) $(DESTDIR)$(PREFIX)/include
 	cp libsmtpd.a $(DESTDIR)$(PREFIX)/lib
 	cp tests/dist/smtpd.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	version=`sed -n 's/.* version = ".* version \([0-9.]*\)".*/\1/p' smtpd.hpp` && \
+	    sed -e 's,@PC_INCLUDEDIR@,../../include,' -e 's,@PC_LIBDIR@,..,' -e "s,@PROJECT_VERSION@,$$version," \
+	    tests/dist/smtpd.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/smtpd.pc
 
 uninstall:
-	cd $(DESTDIR)$(PREFIX) && rm -f bin/smtpd include/asyncore.hpp include/smtpd.hpp lib/libsmtpd.a share/man/man1/smtpd.1
+	cd $(DESTDIR)$(PREFIX) && rm -f bin/smtpd include/asyncore.hpp include/smtpd.hpp lib/libsmtpd.a \
+	    lib/pkgconfig/smtpd.pc share/man/man1/smtpd.1
 
 clean:
 	rm -f smtpd libsmtpd.a *.o tests/*.o tests/core
