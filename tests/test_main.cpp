@@ -1,8 +1,10 @@
-// Runs every TEST, or those whose "suite.name" contains an argument. Usage: core [-l] [PATTERN...]
+// Runs every TEST, or those whose "suite.name" contains a PATTERN, but none that contains one after a minus sign.
+// Usage: core [-l] [PATTERN...] [-PATTERN...]
 
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
@@ -96,8 +98,10 @@ int main(int argc, char** argv) {
     const bool list = !patterns.empty() && patterns[0] == "-l";
     int passed = 0, failed = 0;
     for (const auto& it : test::entries()) {
-        bool wanted = patterns.empty() || list;
+        bool wanted = list || std::all_of(patterns.begin(), patterns.end(), [](auto p) { return p[0] == '-'; });
         for (const auto pattern : patterns) wanted = wanted || it.name.find(pattern) != it.name.npos;
+        for (const auto pattern : patterns)
+            if (!list && pattern[0] == '-' && it.name.find(pattern.substr(1)) != it.name.npos) wanted = false;
         if (!wanted) continue;
         if (list) {
             std::puts(it.name.c_str());
