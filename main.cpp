@@ -10,6 +10,7 @@
 
 #include <cerrno>
 #include <csignal>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
@@ -160,7 +161,8 @@ given_options getopt(std::vector<std::string>& args) {
 // A decimal number; nothing when it is not one, or too large.
 std::optional<std::size_t> number(const std::string& text) {
     if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return std::nullopt;
-    return static_cast<std::size_t>(std::stoull(text));
+    const unsigned long long value = std::stoull(text);
+    return value <= SIZE_MAX ? std::optional(static_cast<std::size_t>(value)) : std::nullopt;
 }
 
 // host:port, or [host]:port; `kind` is for the complaint.

@@ -200,7 +200,7 @@ class dialog {
 
     // What comes must be `expected`, and no less.
     void hear(std::string_view expected, std::string_view after = "nothing") {
-        const auto end = asyncore::clock::now() + std::chrono::seconds(5);
+        const auto end = asyncore::clock::now() + std::chrono::seconds(30);
         wire_.receive_all();
         while (wire_.received.size() < expected.size() && !wire_.eof && asyncore::clock::now() < end) {
             asyncore::poll(0.0, &map_);

@@ -101,9 +101,9 @@ std::string client::wait_for(std::string_view text) {
 void client::shutdown_write() { ::shutdown(sock_.fileno(), SHUT_WR); }
 
 void run_until(asyncore::map_type& map, const std::function<bool()>& done, bool use_poll) {
-    const auto end = asyncore::clock::now() + std::chrono::seconds(5);
+    const auto end = asyncore::clock::now() + std::chrono::seconds(30);
     while (!done()) {
-        if (asyncore::clock::now() > end) throw std::runtime_error("nothing happened for five seconds");
+        if (asyncore::clock::now() > end) throw std::runtime_error("nothing happened for thirty seconds");
         use_poll ? asyncore::poll2(0.01, &map) : asyncore::poll(0.01, &map);
     }
 }

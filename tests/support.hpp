@@ -48,7 +48,7 @@ class client {
     void send(std::string_view bytes);
     // Runs passes until nothing happens any more; what has come since the last call.
     std::string hear();
-    // Runs passes until the text has come; what has come up to and with it. Fails after five seconds.
+    // Runs passes until the text has come; what has come up to and with it. Fails after thirty seconds.
     std::string wait_for(std::string_view text);
     bool at_eof() const { return eof_; }   // the server has closed
     void shutdown_write();
@@ -64,7 +64,7 @@ class client {
     bool eof_ = false;
 };
 
-// Runs passes until done() or, with a failure, for five seconds.
+// Runs passes until done() or, with a failure, for thirty seconds.
 void run_until(asyncore::map_type& map, const std::function<bool()>& done, bool use_poll = false);
 
 }  // namespace support

@@ -27,7 +27,7 @@ warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
 targets() {
     cat <<END
 linux-s390x|run|run|qemu-s390x-static|s390x-linux-gnu-g++-12 -std=c++17|qemu-s390x-static -L /usr/s390x-linux-gnu
-linux-armhf|run|run|qemu-arm-static|arm-linux-gnueabihf-g++-12 -D_FILE_OFFSET_BITS=64 -std=c++17|qemu-arm-static -L /usr/arm-linux-gnueabihf
+linux-armhf|run|run|qemu-arm-static|arm-linux-gnueabihf-g++-12 -Wno-psabi -D_FILE_OFFSET_BITS=64 -std=c++17|qemu-arm-static -L /usr/arm-linux-gnueabihf
 linux-musl-static|run|run|zig|zig c++ -target x86_64-linux-musl -static -std=c++17|
 freebsd-x86_64|link|link|zig|zig c++ -target x86_64-freebsd -std=c++17|
 netbsd-x86_64|link|link|zig|zig c++ -target x86_64-netbsd -std=c++17|
