@@ -328,9 +328,9 @@ std::string address_parser::get_obs_local_part() {
 
 std::string address_parser::get_domain_literal() {
     skip();   // the bracket
-    get_fws();
+    if (next_in(WSP)) get_fws();
     const std::string result = get_ptext("[]");
-    get_fws();
+    if (next_in(WSP)) get_fws();
     if (text.empty()) throw IndexError();   // not closed
     if (text[0] != ']') throw HeaderParseError();
     skip();
