@@ -101,6 +101,16 @@ std::string_view strip(std::string_view text) {
     return text;
 }
 
+std::string without_space(std::string_view text) {
+    std::string result;
+    while (!text.empty()) {
+        const std::size_t space = space_length(text);
+        if (space == 0) result += text[0];
+        text.remove_prefix(space ? space : 1);
+    }
+    return result;
+}
+
 // The words between blanks and tabs.
 std::vector<std::string> split(std::string_view text) {
     std::vector<std::string> words;
@@ -335,13 +345,7 @@ std::string address_parser::get_domain_literal() {
     if (text[0] != ']') throw HeaderParseError();
     skip();
     get_cfws();
-    std::string value;
-    for (std::string_view rest = result; !rest.empty();) {
-        const std::size_t space = space_length(rest);
-        if (space == 0) value += rest[0];
-        rest.remove_prefix(space ? space : 1);
-    }
-    return "[" + value + "]";
+    return "[" + without_space(result) + "]";
 }
 
 std::string address_parser::get_domain() {
@@ -363,13 +367,7 @@ std::string address_parser::get_domain() {
         result += '.';
         result += get_atom();
     }
-    std::string value;
-    for (std::string_view rest = result; !rest.empty();) {
-        const std::size_t space = space_length(rest);
-        if (space == 0) value += rest[0];
-        rest.remove_prefix(space ? space : 1);
-    }
-    return value;
+    return without_space(result);
 }
 
 std::string address_parser::get_addr_spec() {
