@@ -1301,6 +1301,10 @@ void SMTP::attempt() {
 }
 
 void SMTP::handle_connect() {
+    // A port of this host that nobody listens at may have been given to this very connection.
+    const address own = socket->getsockname();
+    if (own.family != AF_UNIX && own.repr() == socket->getpeername().repr())
+        throw std::system_error(ECONNREFUSED, std::generic_category(), "connect");
     try {
         socket->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // the last piece of a message shall not wait for an answer
     } catch (const std::system_error&) {
