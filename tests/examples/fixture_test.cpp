@@ -8,7 +8,9 @@ using namespace std::chrono_literals;
 
 // The code under test.
 void send_welcome_mail(int port, const std::string& to) {
-    smtpd::sendmail({"127.0.0.1", port}, "shop@example.com", {to}, "Subject: Welcome\n\nHello!\n");
+    smtpd::timeouts wait;
+    wait.greeting = wait.command = wait.data_initiation = wait.data_termination = 2s;
+    smtpd::sendmail({"127.0.0.1", port}, "shop@example.com", {to}, "Subject: Welcome\n\nHello!\n", wait);
 }
 
 void test_welcome_mail() {
