@@ -8,9 +8,7 @@ using namespace std::chrono_literals;
 
 // The code under test.
 void send_welcome_mail(int port, const std::string& to) {
-    smtpd::timeouts wait;
-    wait.greeting = wait.command = wait.data_initiation = wait.data_termination = 2s;
-    smtpd::sendmail({"127.0.0.1", port}, "shop@example.com", {to}, "Subject: Welcome\n\nHello!\n", wait);
+    smtpd::sendmail({"127.0.0.1", port}, "shop@example.com", {to}, "Subject: Welcome\n\nHello!\n", {2s, 2s, 2s, 2s, 2s, 2s, 2s});
 }
 
 void test_welcome_mail() {
