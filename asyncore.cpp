@@ -464,6 +464,7 @@ struct map_type::pass : visit {
     std::vector<pollfd> wanted;   // in the order of descriptors
     std::uint64_t newest = 0;     // the last registration that was asked
     clock::time_point nearest = clock::time_point::max();
+    clock::time_point woken{};
 
     explicit pass(map_type& m) : visit(m) {
         wanted.swap(map.wanted_);
@@ -481,7 +482,7 @@ struct map_type::pass : visit {
             if (asked.object->readable()) events |= POLLIN | POLLPRI;
             if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
             const auto due = asked.object->deadline();
-            if (map.slots_[fd].registration != asked.registration) continue;   // closed by one of the three
+            if (!map.find(static_cast<int>(fd), asked.registration)) continue;   // closed by one of the three
             nearest = std::min(nearest, due);
             if (events == 0) continue;
             try {
@@ -494,10 +495,10 @@ struct map_type::pass : visit {
         }
     }
 
-    // Waits for `timeout` seconds, or until the nearest deadline, by calling wait(microseconds; < 0: for
+    // Waits for `timeout` seconds, or until the nearest deadline, by calling sleep(microseconds; < 0: for
     // ever) until no signal interrupts it.
     template <typename Wait>
-    void wait(std::optional<double> timeout, Wait wait) const {
+    void wait(std::optional<double> timeout, Wait sleep) {
         using namespace std::chrono;
         constexpr double for_ever = 1e9;   // 31 years
         auto until = nearest;
@@ -509,20 +510,25 @@ struct map_type::pass : visit {
                 const auto now = clock::now();
                 left = until <= now ? left.zero() : ceil<microseconds>(until - now);
             }
-            if (wait(left) >= 0) return;
-            if (errno == EAGAIN || errno == ENOMEM) {
+            const bool done = sleep(left) >= 0;
+            const int err = errno;
+            woken = clock::now();
+            if (done) return;
+            if (err == EAGAIN || err == ENOMEM) {
                 // Python: the loop ends. The system is short of something, and may have it again soon.
                 const timespec moment{0, 10000000};
                 ::nanosleep(&moment, nullptr);
-            } else if (errno != EINTR) {
-                raise(errno, "poll");
+            } else if (err != EINTR) {
+                raise(err, "poll");
             }
         }
     }
 
     // Whom the event was collected for: nobody, when that one has left, whoever has the descriptor now.
     dispatcher* find(std::size_t i) const {
-        const slot& found = map.slots_[static_cast<std::size_t>(wanted[i].fd)];
+        const auto fd = static_cast<std::size_t>(wanted[i].fd);
+        if (fd >= map.slots_.size()) return nullptr;   // the map was cleared
+        const slot& found = map.slots_[fd];
         return found.registration <= newest ? found.object : nullptr;
     }
 
@@ -570,14 +576,12 @@ struct map_type::pass : visit {
 
     int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
 
-    // The timeouts that are due.
+    // The timeouts that were due when the wait ended: a handler that took its time is nobody else's idleness.
     void expire() {
-        if (nearest == clock::time_point::max()) return;
-        const auto now = clock::now();
-        if (nearest > now) return;
+        if (nearest > woken) return;
         for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
             dispatcher* obj = map.slots_[fd].object;
-            if (obj && obj->deadline() <= now) deliver(*obj, &dispatcher::handle_timeout);
+            if (obj && obj->deadline() <= woken) deliver(*obj, &dispatcher::handle_timeout);
         }
     }
 };

@@ -247,6 +247,7 @@ class dispatcher {
     std::string repr() const;
     virtual std::string class_name() const { return "asyncore.dispatcher"; }
 
+    // Whoever is registered with a second map leaves that one by del_channel(map): close() knows of _map alone.
     // asyncore.py: dispatcher.add_channel
     virtual void add_channel(map_type* map = nullptr);
     // asyncore.py: dispatcher.del_channel

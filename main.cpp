@@ -258,8 +258,8 @@ class signal_watch : public asyncore::file_dispatcher {
     }
     bool writable() override { return false; }
     void handle_read() override {
-        close();
         server_.stop(std::chrono::seconds(10));
+        close();
     }
 
   private:
@@ -268,9 +268,9 @@ class signal_watch : public asyncore::file_dispatcher {
 
 }   // namespace
 
-int main(int argc, char** argv) {
-    program = argc > 0 ? argv[0] : "smtpd";
-    const Options options = parseargs(std::vector<std::string>(argv + (argc > 0), argv + argc));
+// smtpd.py: the end of the file
+static int run(const std::vector<std::string>& args) {
+    const Options options = parseargs(args);
     const auto& classes = smtpd::server_class::all();
     const auto make = classes.find(options.classname);
     if (make == classes.end()) {
@@ -289,14 +289,19 @@ int main(int argc, char** argv) {
     if (server->relays() && !is_loopback(server->socket->getsockname()))
         std::cerr << program << ": warning: whoever can reach " << options.local.str()
                   << " can send mail anywhere through it\n";
+    if (::pipe(signal_pipe) < 0) throw std::system_error(errno, std::generic_category(), "pipe");
+    ::fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
+    signal_watch watch(*server);
+    asyncore::loop();
+    return 0;
+}
+
+int main(int argc, char** argv) {
     try {
-        if (::pipe(signal_pipe) < 0) throw std::system_error(errno, std::generic_category(), "pipe");
-        ::fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
-        signal_watch watch(*server);
-        asyncore::loop();
+        program = argc > 0 ? argv[0] : "smtpd";
+        return run(std::vector<std::string>(argv + (argc > 0), argv + argc));
     } catch (const std::exception& error) {
         std::cerr << program << ": " << error.what() << '\n';
         return 1;
     }
-    return 0;
 }

@@ -812,7 +812,8 @@ std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(st
     if (std::any_of(arg.begin(), arg.end(), [](char c) { return is_control(c) && c != '\t'; })) return std::nullopt;
     address_parser parser(arg);
     try {
-        std::string found = lstrip(arg)[0] == '<' ? parser.get_angle_addr() : parser.get_addr_spec();
+        const bool angle = lstrip(arg).substr(0, 1) == "<";
+        std::string found = angle ? parser.get_angle_addr() : parser.get_addr_spec();
         if (found.find('\t') != found.npos) return std::nullopt;
         return std::pair(std::move(found), parser.text);
     } catch (const address_parser::HeaderParseError&) {
@@ -1065,9 +1066,9 @@ void SMTPServer::turn_away() {
 }
 
 void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const address& from) {
-    if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
     SMTPChannel* channel = nullptr;
     try {
+        if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
         auto made = channel_class(std::move(sock), from);
         if (!made) return;
         SMTPChannel& owned = *made;

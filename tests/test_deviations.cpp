@@ -1,6 +1,9 @@
 // Where we differ from CPython, row by row of the Deviations table: our exact bytes.
 
 #include <sys/resource.h>
+#include <unistd.h>
+
+#include <thread>
 
 #include "dialog.hpp"
 #include "test.hpp"
@@ -36,8 +39,9 @@ void pass(map_type& map, bool use_poll, double timeout = 0.0) {
 TEST(deviations, malformed_address) {
     session it;
     it.line("EHLO a", EHLO);
-    const std::string malformed[] = {"<",   "<a@",  "a@",  "<a@>", "<a@[1.2.3.4>", "\"", "<\"",    "<@",
-                                     "<@x", "<@x>", "<,>", "@",    "<a@b@c>",      ">",  "<a@b.>", "("};
+    const std::string malformed[] = {"<",       "<a@", "a@",     "<a@>", "<a@[1.2.3.4>", "\"",
+                                     "<\"",     "<@",  "<@x",    "<@x>", "<,>",          "@",
+                                     "<a@b@c>", ">",   "<a@b.>", "(",    "(a\\",         "<@a,(x)"};
     for (const auto& address : malformed) {
         it.line("MAIL FROM:" + address, MAIL_SYNTAX);
         it.line("VRFY " + address, "501 Syntax: VRFY <address>");
@@ -75,12 +79,22 @@ TEST(deviations, command_bytes) {
               {"VRFY \xed\xa0\x80", bad},       // a surrogate
               {"NOOP \xf4\x90\x80\x80", bad},   // beyond Unicode
               {"NOOP \xc0\x80", bad},           // NUL, the long way
+              {"NOOP \xe0\x9f\xbf", bad},
+              {"NOOP \xf0\x8f\xbf\xbf", bad},
+              {"NOOP \xf5\x80\x80\x80", bad},
+              {"NOOP \xe2\x82", bad},   // cut off
+              {"NOOP \xf0\x9f\x92", bad},
+              {"NOOP \xe2(\xa1", bad},   // or broken
+              {"NOOP \xf0\x9f\x92(", bad},
+              {"NOOP \u0080\u07ff\u0800\ud7ff\ue000\uffff\U00010000\U0010ffff", "501 Syntax: NOOP"},
               {"N\u00d3OP", bad},
               {"no\u0131p", bad},   // a letter whose upper case is ASCII
               {"NOOP\u00a0", bad},
               {std::string(513, '\xff'), too_long},   // that as well
               {"NOOP " + std::string(600, '\xff'), too_long},
-              {"noop", "250 OK"}});
+              {"noop", "250 OK"},
+              {"EHLO a", EHLO},
+              {"NOOP " + std::string(508, '\xff'), bad}});   // beyond its own limit, within MAIL's
     it.client.end();
 }
 
@@ -203,6 +217,17 @@ TEST(deviations, recipient_cap) {
 // ---------------------------------------------------------------------------------------------------------
 // Messages
 // ---------------------------------------------------------------------------------------------------------
+
+// Deviation 21
+TEST(deviations, recipient_cap_none) {
+    smtpd::options with;
+    with.rcpt_limit = 0;
+    session it(with);
+    it.lines({{"HELO a", "250 "}, {"MAIL FROM:<a@b>", "250 OK"}});
+    for (int i = 0; i < 1001; ++i) it.line("RCPT TO:<c@d>", "250 OK");
+    CHECK_EQ(it.channel().rcpttos.size(), 1001u);
+    it.client.end();
+}
 
 // Deviation 5
 TEST(deviations, too_much_data) {
@@ -496,6 +521,21 @@ TEST(deviations, debugstream) {
     }
 }
 
+// Deviation 26
+TEST(deviations, debugstream_of_text) {
+    captured told(smtpd::DEBUGSTREAM);
+    smtpd::options with;
+    with.decode_data = true;
+    session it(with);
+    const std::string started = told.text();
+    it.line("HELO \u00e9", "250 ");
+    it.line("MAIL", "501 Syntax: MAIL FROM: <address>");
+    CHECK_EQ(told.text().substr(started.size()),
+             "Data: 'HELO \\xc3\\xa9'\n"
+             "Data: 'MAIL'\n"
+             "===> MAIL None\n");
+}
+
 // A channel that cannot be made, or fails at once, is its client's loss alone.
 // Deviation 23
 TEST(deviations, new_channel_fails) {
@@ -517,6 +557,7 @@ TEST(deviations, new_channel_fails) {
                                                           const asyncore::address& from) override {
             if (way == 0) throw std::runtime_error("channel_class");
             if (way == 3) return nullptr;   // not wanted
+            if (way == 4) throw asyncore::ExitNow();
             return std::make_unique<channel>(*this, std::move(sock), from);
         }
     };
@@ -534,6 +575,11 @@ TEST(deviations, new_channel_fails) {
         CHECK_EQ(map.size(), 1u);
         ++server.way;
     }
+    auto last = wire::tcp("127.0.0.1", server.port());
+    CHECK_THROWS(support::run_until(map, [] { return false; }), asyncore::ExitNow);
+    ++server.way;
+    server.handle_accepted(std::make_unique<asyncore::socket_type>(AF_INET, SOCK_STREAM), {});   // gone already
+    CHECK_EQ(map.size(), 1u);
     auto end = wire::tcp("127.0.0.1", server.port());
     CHECK_EQ(support::wait_for(map, end, "\r\n"), banner);
 }
@@ -995,4 +1041,40 @@ TEST(deviations, idle_timeout_of_a_paused_channel) {
     CHECK(channel.deadline() > asyncore::clock::now());
     it.line("NOOP", "250 OK");
     CHECK_EQ(support::wait_for_eof(it.map, it.end()), "421 Error: timeout exceeded\r\n");
+}
+
+namespace {
+
+// Somebody else in the same loop, who takes his time.
+struct dawdler : asyncore::file_dispatcher {
+    std::function<void()> on_read;
+    dawdler(int fd, asyncore::map_type& map) : file_dispatcher(fd, &map) {}
+    bool writable() override { return false; }
+    void handle_read() override {
+        recv(1);
+        on_read();
+    }
+};
+
+}   // namespace
+
+// What a client says while another's message is being handled has not been said too late.
+TEST(deviations, idle_timeout_is_not_the_servers_own_time) {
+    for (const bool use_poll : {false, true}) {
+        session it(idle(150ms));
+        int ends[2];
+        CHECK_EQ(::pipe(ends), 0);
+        dawdler other(ends[0], it.map);
+        ::close(ends[0]);
+        other.on_read = [&] {
+            it.end().send("NOOP\r\n");
+            std::this_thread::sleep_for(200ms);
+        };
+        it.line("NOOP", "250 OK");
+        CHECK_EQ(::write(ends[1], "x", 1), 1);
+        for (int i = 0; i < 3; ++i) use_poll ? asyncore::poll2(0.0, &it.map) : asyncore::poll(0.0, &it.map);
+        it.end().receive_all();
+        CHECK_EQ(it.end().take(), "250 OK\r\n");
+        ::close(ends[1]);
+    }
 }

@@ -157,3 +157,84 @@ TEST(map, a_deadline_bounds_the_wait) {
     CHECK(it.fired);
     ::close(b);
 }
+
+TEST(map, its_values_stand_in_the_order_of_descriptors) {
+    asyncore::map_type map;
+    const auto [a, b] = socket_pair();
+    probe later(map, std::max(a, b), [](probe&) {}), earlier(map, std::min(a, b), [](probe&) {});
+    const auto all = map.values();
+    CHECK_EQ(all.size(), 2u);
+    CHECK(all[0] == &earlier);
+    CHECK(all[1] == &later);
+    CHECK(map.get(-1) == nullptr);
+}
+
+TEST(map, what_it_does_not_take) {
+    asyncore::map_type map, other;
+    const auto [a, b] = socket_pair();
+    CHECK_THROWS(other.own(std::make_unique<probe>(map, a, [](probe&) {})), std::invalid_argument);
+    CHECK(map.empty());   // it has gone
+    CHECK(other.empty());
+    asyncore::dispatcher closed(nullptr, &map);
+    CHECK_THROWS(closed.add_channel(), std::invalid_argument);
+    ::close(b);
+}
+
+TEST(map, an_object_moves_to_another_one) {
+    asyncore::map_type map, other;
+    const auto [a, b] = socket_pair();
+    int reads = 0;
+    probe it(map, a, [&](probe& self) {
+        self.recv(1);
+        ++reads;
+    });
+    it.del_channel();
+    CHECK(map.empty());
+    it._fileno = a;   // which del_channel() forgets, as in Python
+    it.add_channel(&other);
+    it.add_channel(&other);   // is no second one
+    CHECK_EQ(other.size(), 1u);
+    CHECK_EQ(::write(b, "x", 1), 1);
+    asyncore::poll(1.0, &other);
+    CHECK_EQ(reads, 1);
+    it.del_channel(&other);
+    CHECK(other.empty());
+    ::close(b);
+}
+
+TEST(map, a_handler_may_clear_it) {
+    for (const bool use_poll : {false, true}) {
+        asyncore::map_type map;
+        const auto [a, b] = socket_pair();
+        const auto [c, d] = socket_pair();
+        int reads = 0;
+        const auto on_read = [&](probe&) {
+            ++reads;
+            map.clear();
+        };
+        probe one(map, a, on_read), two(map, c, on_read);
+        CHECK_EQ(::write(b, "x", 1) + ::write(d, "x", 1), 2);
+        use_poll ? asyncore::poll2(1.0, &map) : asyncore::poll(1.0, &map);
+        CHECK_EQ(reads, 1);   // the other one has left before its turn
+        CHECK(map.empty());
+        ::close(b);
+        ::close(d);
+    }
+}
+
+// A question before the wait is a chance to leave as well.
+TEST(map, a_question_may_clear_it) {
+    struct leaver : asyncore::dispatcher {
+        using dispatcher::dispatcher;
+        bool readable() override {
+            _map->clear();
+            return true;
+        }
+    };
+    asyncore::map_type map;
+    const auto [a, b] = socket_pair();
+    leaver it(std::make_unique<asyncore::socket_type>(a), &map);
+    asyncore::poll(0.0, &map);
+    CHECK(map.empty());
+    ::close(b);
+}
