@@ -234,3 +234,15 @@ TEST(TestNotConnected, test_disallow_negative_terminator) {
     asynchat::async_chat client(nullptr, &map);
     CHECK_THROWS(client.set_terminator(-1), std::invalid_argument);
 }
+
+// The rest of asynchat's interface, which CPython does not test.
+TEST(TestNotConnected, the_abstract_methods) {
+    map_type map;
+    asynchat::async_chat it(nullptr, &map);
+    CHECK_THROWS(it.collect_incoming_data("x"), asyncore::NotImplementedError);
+    CHECK_THROWS(it.found_terminator(), asyncore::NotImplementedError);
+    it._collect_incoming_data("a");
+    it._collect_incoming_data("b");
+    CHECK_EQ(it._get_data(), "ab");
+    CHECK_EQ(it._get_data(), "");
+}

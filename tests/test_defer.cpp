@@ -422,6 +422,84 @@ TEST(defer, the_map_has_gone) {
     replies.at(0).answer("250 OK");
 }
 
+TEST(defer, the_map_is_cleared) {
+    waiting it;
+    it.begin();
+    it.map.clear();
+    it.replies.at(0).answer("250 OK");   // nobody is there
+    it.end().receive_all();
+    CHECK(it.end().eof);
+}
+
+namespace {
+
+// Its channels can be made to throw when they answer, and when they close.
+struct faulty : support::hooked {
+    struct channel : smtpd::SMTPChannel {
+        bool push_fails = false, close_fails = false;
+        using SMTPChannel::SMTPChannel;
+        void push(std::string_view msg) override {
+            if (push_fails) throw std::runtime_error("push");
+            SMTPChannel::push(msg);
+        }
+        void close() override {
+            SMTPChannel::close();
+            if (close_fails) throw std::runtime_error("close");
+        }
+    };
+    channel* last = nullptr;
+    bool stuck = false;
+
+    using hooked::hooked;
+    std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                      const asyncore::address& from) override {
+        auto made = std::make_unique<channel>(*this, std::move(sock), from, settings);
+        last = made.get();
+        return made;
+    }
+    void close() override {
+        hooked::close();
+        if (stuck) throw std::system_error(EIO, std::generic_category(), "close");
+    }
+};
+
+}   // namespace
+
+// It is closed, rather than left waiting for ever.
+TEST(defer, a_client_that_cannot_be_answered) {
+    for (const bool close_fails : {false, true}) {
+        asyncore::map_type map;
+        faulty server(map);
+        deferred_reply reply;
+        server.hook = [&](const message_options& kwargs) {
+            reply = kwargs.defer();
+            return nothing();
+        };
+        wire end = wire::to(server);
+        end.send("HELO a\r\n" + TRANSACTION + "x\r\n.\r\n");
+        support::run_until(map, [&] { return server.messages.size() == 1; });
+        server.last->push_fails = true;
+        server.last->close_fails = close_fails;
+        reply.answer("250 OK");
+        CHECK_EQ(map.size(), 1u);
+        end.receive_all();
+        CHECK(end.eof);
+    }
+}
+
+TEST(defer, the_server_goes_and_its_channels_cannot_close) {
+    asyncore::map_type map;
+    std::optional<wire> end;
+    {
+        faulty server(map);
+        end.emplace(wire::to(server));
+        server.last->close_fails = true;
+    }
+    CHECK(map.empty());
+    end->receive_all();
+    CHECK(end->eof);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // What the client says meanwhile
 // ---------------------------------------------------------------------------------------------------------
@@ -696,4 +774,34 @@ TEST(stop, twice) {
     it.server.stop(20ms);
     CHECK_EQ(support::wait_for_eof(it.map, it.end()).substr(0, 4), "421 ");
     CHECK(it.map.empty());
+}
+
+TEST(stop, a_listener_that_does_not_close_properly) {
+    asyncore::map_type map;
+    faulty server(map);
+    wire end = wire::to(server);
+    server.stuck = true;
+    server.stop(10s);
+    CHECK_EQ(support::wait_for_eof(map, end), "220 mx.test C++ SMTP proxy version 1.0.0\r\n" + SHUTTING_DOWN + "\r\n");
+    CHECK(map.empty());
+}
+
+// Those who have not been accepted yet are not any more.
+TEST(stop, while_clients_are_accepted) {
+    struct brief : support::recorder {
+        using recorder::recorder;
+        std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                          const asyncore::address& from) override {
+            stop(10s);
+            return recorder::channel_class(std::move(sock), from);
+        }
+    };
+    asyncore::map_type map;
+    brief server(map);
+    wire first = wire::tcp("127.0.0.1", server.port()), second = wire::tcp("127.0.0.1", server.port());
+    captured out(std::cout);
+    CHECK_EQ(support::wait_for(map, first, "\r\n"), "220 mx.test C++ SMTP proxy version 1.0.0\r\n");
+    CHECK_EQ(support::wait_for_eof(map, second), "");
+    CHECK_EQ(map.size(), 1u);   // the first one's channel
+    CHECK_EQ(out.text(), "");   // and no complaint about a listener that is closed
 }

@@ -1,5 +1,9 @@
 // asyncore where CPython's own tests do not look: the loop, errors, connections that fail, buffered output.
 
+#include <sys/time.h>
+
+#include <csignal>
+
 #include "dialog.hpp"
 #include "test.hpp"
 
@@ -11,7 +15,7 @@ using support::wire;
 
 namespace {
 
-void pass(map_type& map, bool use_poll, double timeout = 0.0) {
+void pass(map_type& map, bool use_poll, std::optional<double> timeout = 0.0) {
     use_poll ? asyncore::poll2(timeout, &map) : asyncore::poll(timeout, &map);
 }
 
@@ -97,6 +101,23 @@ TEST(dispatcher, connected_before_anything_else) {
     }
 }
 
+// As in Python: the first one may find out what the loop knew, after that it is EISCONN.
+TEST(dispatcher, connect_when_it_is_connected) {
+    map_type map;
+    socket_type listener(AF_INET, SOCK_STREAM);
+    listener.bind({"127.0.0.1", 0});
+    listener.listen(1);
+    witness it(nullptr, &map);
+    it.create_socket();
+    it.connect(listener.getsockname());
+    support::run_until(map, [&] { return it.connected; });
+    it.said.clear();
+    it.connect(listener.getsockname());
+    it.connect(listener.getsockname());
+    CHECK_EQ(it.said, "connect connect ");
+    CHECK(it.connected);
+}
+
 TEST(dispatcher, connected_at_once) {
     map_type map;
     socket_type listener(AF_UNIX, SOCK_STREAM);
@@ -142,11 +163,34 @@ TEST(dispatcher, what_it_is_called) {
     const auto six = asyncore::getaddrinfo({"::1", 25}).front();
     CHECK_EQ(six.repr(), "('::1', 25, 0, 0)");
     CHECK_EQ(asyncore::address("a'b", 25).repr(), "(\"a'b\", 25)");
+    CHECK_EQ(asyncore::address("a", 25).str(), "a:25");
+    for (const auto& same : {six, asyncore::address::unix_path("/x"), asyncore::address()})
+        CHECK_EQ(same.str(), same.repr());
     CHECK_EQ(asyncore::address::unix_path("/x").repr(), "'/x'");
     CHECK_EQ(asyncore::address().repr(), "None");
     CHECK_THROWS(asyncore::address("a", -1), std::out_of_range);
     CHECK_THROWS(asyncore::address("a", 65536), std::out_of_range);
     CHECK_THROWS(asyncore::address::unix_path(std::string(200, 'x')), std::out_of_range);
+}
+
+TEST(dispatcher, each_class_has_its_name) {
+    int fds[2];
+    CHECK_EQ(::pipe(fds), 0);
+    {
+        map_type map;
+        asyncore::file_dispatcher file(fds[0], &map);
+        CHECK_EQ(file.repr().substr(0, 36), "<asyncore.file_dispatcher connected ");
+    }
+    ::close(fds[0]);
+    ::close(fds[1]);
+    CHECK_EQ(asyncore::dispatcher_with_send().repr().substr(0, 33), "<asyncore.dispatcher_with_send at");
+    CHECK_EQ(asynchat::async_chat().repr().substr(0, 23), "<asynchat.async_chat at");
+}
+
+TEST(dispatcher, repr_of_any_bytes) {
+    CHECK_EQ(asyncore::repr("a\\b\tc\r\n\x7f\xff"), "'a\\\\b\\tc\\r\\n\\x7f\\xff'");
+    CHECK_EQ(asyncore::repr("it's", "b"), "b\"it's\"");
+    CHECK_EQ(asyncore::repr("it's \"so\""), "'it\\'s \"so\"'");
 }
 
 TEST(dispatcher, nobody_wants_the_connection) {
@@ -161,6 +205,103 @@ TEST(dispatcher, nobody_wants_the_connection) {
     CHECK_EQ(support::wait_for_eof(map, end), "");
     CHECK_EQ(out.text(), "warning: unhandled accepted event\n");
     CHECK_EQ(map.size(), 1u);
+}
+
+TEST(dispatcher, nobody_waits_to_be_accepted) {
+    struct listener : witness {
+        using witness::witness;
+        void handle_accepted(std::unique_ptr<socket_type>, const asyncore::address&) override { said += "accepted "; }
+    };
+    map_type map;
+    listener it(nullptr, &map);
+    it.create_socket();
+    it.bind({"127.0.0.1", 0});
+    it.listen(1);
+    CHECK(!it.accept());
+    asyncore::read(it);    // somebody was there, and has gone
+    asyncore::write(it);   // a listener has nothing to write
+    CHECK_EQ(it.said, "");
+    CHECK(it.accepting);
+}
+
+// ENOTSOCK is no reason to take it for a socket that is not connected.
+TEST(dispatcher, a_pipe_is_no_socket) {
+    int fds[2];
+    CHECK_EQ(::pipe(fds), 0);
+    map_type map;
+    CHECK_THROWS(witness(std::make_unique<socket_type>(fds[0]), &map), std::system_error);
+    CHECK(map.empty());
+    ::close(fds[1]);
+}
+
+// What a peer that has gone does not explain is an exception.
+TEST(dispatcher, a_device_that_is_full) {
+    const int fd = ::open("/dev/full", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    map_type map;
+    asyncore::file_dispatcher it(fd, &map);
+    ::close(fd);
+    CHECK_THROWS(it.send("x"), std::system_error);
+    CHECK(it.connected);
+    CHECK_EQ(map.size(), 1u);
+}
+
+TEST(dispatcher, set_reuse_addr_is_not_vital) {
+    map_type map;
+    dispatcher it(nullptr, &map);
+    it.create_socket();
+    it.socket->close();
+    it.set_reuse_addr();
+}
+
+TEST(dispatcher, the_log_names_what_was_thrown) {
+    struct failing : dispatcher {
+        std::function<void()> fail;
+        using dispatcher::dispatcher;
+        void handle_read() override { fail(); }
+    };
+    const std::pair<std::function<void()>, std::string> table[] = {
+        {[] { throw std::bad_alloc(); }, "(std::bad_alloc:"},
+        {[] { throw std::bad_function_call(); }, "(std::exception:"},
+        {[] { throw std::out_of_range("far"); }, "(std::logic_error:far)"},
+        {[] { throw std::system_error(EIO, std::generic_category(), "disk"); }, "(std::system_error:disk: "},
+        {[] { throw 5; }, "(unknown exception:)"}};
+    for (const auto& [fail, text] : table)
+        for (const bool use_poll : {false, true}) {
+            map_type map;
+            auto [end, sock] = wire::pair();
+            failing it(std::move(sock), &map);
+            it.fail = fail;
+            end.send("x");
+            captured out(std::cout);
+            pass(map, use_poll, 5.0);
+            CHECK(out.text().find(text) != std::string::npos);
+            CHECK(map.empty());
+        }
+}
+
+TEST(dispatcher, ExitNow_leaves_the_loop_from_anywhere) {
+    struct leaving : dispatcher {
+        bool in_log = false;
+        using dispatcher::dispatcher;
+        void handle_read() override { throw std::runtime_error("first"); }
+        void log_info(std::string_view, std::string_view) override {
+            if (in_log) throw asyncore::ExitNow();
+        }
+        void handle_close() override {
+            close();
+            throw asyncore::ExitNow();
+        }
+    };
+    for (const bool use_poll : {false, true})
+        for (const bool in_log : {false, true}) {
+            map_type map;
+            auto [end, sock] = wire::pair();
+            leaving it(std::move(sock), &map);
+            it.in_log = in_log;
+            end.send("x");
+            CHECK_THROWS(pass(map, use_poll, 5.0), asyncore::ExitNow);
+        }
 }
 
 TEST(dispatcher, recv_and_send) {
@@ -219,6 +360,35 @@ TEST(dispatcher, another_socket) {
     CHECK_EQ(it.said.substr(0, 5), "read ");
 }
 
+// Under poll(): one that has closed already is not told so once more.
+TEST(dispatcher, it_closes_and_throws) {
+    struct failing : witness {
+        std::error_code why;
+        bool closes = true;
+        using witness::witness;
+        void handle_read() override {
+            if (closes) close();
+            throw std::system_error(why);
+        }
+    };
+    const std::tuple<std::error_code, bool, std::string> table[] = {
+        {{ECONNRESET, std::generic_category()}, true, ""},
+        {{ECONNRESET, std::generic_category()}, false, "close "},
+        {{EIO, std::generic_category()}, false, "error "},
+        {{ECONNRESET, asyncore::gai_category()}, false, "error "}};
+    for (const auto& [why, closes, said] : table) {
+        map_type map;
+        auto [end, sock] = wire::pair();
+        failing it(std::move(sock), &map);
+        it.why = why;
+        it.closes = closes;
+        end.send("x");
+        pass(map, true, 5.0);
+        CHECK_EQ(it.said, said);
+        CHECK(map.empty());
+    }
+}
+
 TEST(dispatcher, a_file_is_no_socket) {
     int fds[2];
     CHECK_EQ(::pipe(fds), 0);
@@ -226,10 +396,127 @@ TEST(dispatcher, a_file_is_no_socket) {
         asyncore::file_wrapper it(fds[0]);
         CHECK_EQ(it.getsockopt(SOL_SOCKET, SO_ERROR), 0);
         CHECK_THROWS(it.getsockopt(SOL_SOCKET, SO_REUSEADDR), asyncore::NotImplementedError);
+        CHECK_THROWS(it.getsockopt(IPPROTO_TCP, SO_ERROR), asyncore::NotImplementedError);
         CHECK_THROWS(asyncore::file_wrapper(-1), std::system_error);
     }
     ::close(fds[0]);
     ::close(fds[1]);
+}
+
+TEST(socket, once_closed_every_call_fails) {
+    socket_type sock(AF_INET, SOCK_STREAM);
+    sock.close();
+    const auto where = asyncore::getaddrinfo({"127.0.0.1", 1}).front();
+    char byte;
+    const std::function<void()> calls[] = {[&] { sock.recv(&byte, 1); },
+                                           [&] { sock.send("x"); },
+                                           [&] { sock.getsockopt(SOL_SOCKET, SO_ERROR); },
+                                           [&] { sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1); },
+                                           [&] { sock.setblocking(true); },
+                                           [&] { sock.bind(where); },
+                                           [&] { sock.listen(1); },
+                                           [&] { sock.accept(); },
+                                           [&] { sock.getpeername(); },
+                                           [&] { sock.getsockname(); }};
+    for (const auto& call : calls) CHECK_THROWS(call(), std::system_error);
+    CHECK_EQ(sock.connect_ex(where), EBADF);
+    sock.close();   // but not this one
+    CHECK_THROWS(socket_type(AF_INET, -1), std::system_error);
+}
+
+TEST(socket, an_address_that_is_none) {
+    for (const int family : {AF_INET, AF_INET6}) {
+        asyncore::address name("localhost", 25);
+        name.family = family;   // it says that it is numeric
+        CHECK_THROWS(socket_type(AF_INET, SOCK_STREAM).bind(name), std::system_error);
+    }
+    try {
+        asyncore::getaddrinfo({"999.999.999.999", 25});
+        CHECK(false);
+    } catch (const std::system_error& error) {
+        CHECK(error.code().category() == asyncore::gai_category());
+        CHECK_EQ(std::string(error.code().category().name()), "getaddrinfo");
+    }
+}
+
+namespace {
+
+int signals = 0, signals_end = -1;
+
+extern "C" void on_alarm(int) {
+    if (++signals == 3 && ::write(signals_end, "x", 1) < 0) std::abort();
+}
+
+// An alarm each 5 ms, which interrupts calls; the third sends a byte.
+struct alarms {
+    struct sigaction before {};
+
+    explicit alarms(int end) {
+        signals = 0;
+        signals_end = end;
+        struct sigaction action {};
+        action.sa_handler = on_alarm;
+        ::sigaction(SIGALRM, &action, &before);
+        every(5000);
+    }
+    ~alarms() {
+        every(0);
+        ::sigaction(SIGALRM, &before, nullptr);
+    }
+    alarms(const alarms&) = delete;
+    alarms& operator=(const alarms&) = delete;
+
+  private:
+    static void every(suseconds_t microseconds) {
+        const itimerval timer{{0, microseconds}, {0, microseconds}};
+        ::setitimer(ITIMER_REAL, &timer, nullptr);
+    }
+};
+
+}   // namespace
+
+// PEP 475
+TEST(socket, a_signal_interrupts_no_call) {
+    auto [end, sock] = wire::pair();
+    sock->setblocking(true);
+    char byte = 0;
+    const alarms now(end.fd());
+    CHECK_EQ(sock->recv(&byte, 1), 1u);
+    CHECK_EQ(byte, 'x');
+    CHECK(signals >= 3);
+}
+
+TEST(loop, a_signal_does_not_end_the_wait) {
+    for (const bool use_poll : {false, true}) {
+        map_type map;
+        auto [end, sock] = wire::pair();
+        struct reading : witness {
+            using witness::witness;
+            bool writable() override { return false; }
+        } it(std::move(sock), &map);
+        const alarms now(end.fd());
+        pass(map, use_poll, std::nullopt);   // for ever, or until something comes
+        CHECK_EQ(it.said, "read ");
+    }
+}
+
+TEST(loop, an_object_that_closes_when_it_is_asked) {
+    struct shy : witness {
+        using witness::witness;
+        bool readable() override {
+            close();
+            return true;
+        }
+    };
+    for (const bool use_poll : {false, true}) {
+        map_type map;
+        auto [end, sock] = wire::pair();
+        shy it(std::move(sock), &map);
+        end.send("x");
+        pass(map, use_poll);
+        CHECK_EQ(it.said, "");
+        CHECK(map.empty());
+    }
 }
 
 TEST(loop, an_empty_map_returns_at_once) {
@@ -238,6 +525,7 @@ TEST(loop, an_empty_map_returns_at_once) {
     asyncore::loop(5.0, false, &map);
     asyncore::loop(5.0, true, &map);
     asyncore::loop();
+    asyncore::poll2(5.0, &map);
     CHECK(asyncore::clock::now() - before < std::chrono::seconds(4));
 }
 
@@ -275,6 +563,24 @@ TEST(loop, waits_as_long_as_it_is_told) {
     auto [end, sock] = wire::pair();
     silent it(std::move(sock), &map);
     CHECK_THROWS(asyncore::poll(-1.0, &map), std::invalid_argument);   // select() has no such time
+}
+
+// None, a negative number for poll(), and what is beyond all clocks.
+TEST(loop, a_timeout_that_is_for_ever) {
+    for (const std::optional<double> timeout : {std::optional<double>(), std::optional(1e300), std::optional(-1.0)})
+        for (const bool use_poll : {false, true}) {
+            if (!use_poll && timeout == -1.0) continue;
+            map_type map;
+            auto [end, sock] = wire::pair();
+            struct leaving : witness {
+                using witness::witness;
+                bool writable() override { return false; }
+                void handle_read() override { close(); }
+            } it(std::move(sock), &map);
+            end.send("x");
+            asyncore::loop(timeout, use_poll, &map);
+            CHECK(map.empty());
+        }
 }
 
 TEST(loop, what_readable_throws_leaves_it) {
@@ -335,4 +641,15 @@ TEST(dispatcher_with_send, everything_arrives_in_order) {
         CHECK(heard == expected);
         CHECK(!it.writable());
     }
+}
+
+TEST(dispatcher_with_send, debug_tells_what_is_sent) {
+    map_type map;
+    auto [end, sock] = wire::pair();
+    asyncore::dispatcher_with_send it(std::move(sock), &map);
+    it.debug = true;
+    captured out(std::cout);
+    it.send("a\x1b");
+    CHECK_EQ(out.text(), "info: sending b'a\\x1b'\n");
+    CHECK_EQ(end.take(), "a\x1b");
 }

@@ -218,6 +218,14 @@ TEST(mailman, headers_are_added_to_the_copy_of_the_lists_only) {
     });
 }
 
+TEST(mailman, headers_are_added_to_a_header_that_does_not_end) {
+    mailman_scene here;
+    CHECK_EQ(here.mail({"list@example.com"}, "Subject: x"), RELAYED);
+    const std::string data = here.mailman.messages.at(0).data, start = "Subject: x\nFrom: a@client.test\nDate: ";
+    CHECK_EQ(data.substr(0, start.size()), start);
+    here.finish();
+}
+
 TEST(mailman, upstream_first_then_a_transaction_for_each_list) {
     for (const bool use_poll : {false, true}) {
         mailman_scene here(use_poll);
@@ -431,4 +439,19 @@ TEST(mailman, list_exists_and_enqueue_of_ones_own) {
     here.settle();
     std::exchange(here.server.waiting, nullptr)({250, "too late"});
     here.wait_until_upstream_is_left();
+}
+
+TEST(mailman, enqueue_for_nobody) {
+    struct nobody : own_mailman {
+        using own_mailman::own_mailman;
+        void enqueue(const std::string& mailfrom, const std::vector<std::string>&, std::string message,
+                     const smtpd::message_options& kwargs, smtpd::SMTP::handler then) override {
+            MailmanProxy::enqueue(mailfrom, {}, std::move(message), kwargs, std::move(then));
+        }
+    };
+    smtpd::options with;
+    with.mailman_lmtp = {};
+    scene_with<nobody> here(false, with);
+    CHECK_EQ(here.client.mail("<a@client.test>", {"own@example.com"}, body),
+             OK + " / " + OK + " / 354 / 554 Error: no recipients");
 }

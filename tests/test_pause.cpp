@@ -232,6 +232,28 @@ TEST(terminator, closed_on_the_way) {
     CHECK_EQ(with.it.buffer, "");
 }
 
+// The loop runs inside a handler: what comes in there is next, and nothing is lost of what came before.
+TEST(terminator, a_pass_inside_of_found_terminator) {
+    talk with;
+    auto [second_end, second_sock] = wire::pair();
+    chat second(std::move(second_sock), &with.map);
+    second.set_terminator("\n");
+    second.ac_in_buffer_size = 4 * with.it.ac_in_buffer_size;   // a buffer of its own
+    with.it.on_terminator = [&, peer = &second_end](chat& it) {
+        if (it.contents.size() == 1) {
+            with.end.send("three\n");
+            peer->send("another\n");
+            asyncore::poll(5.0, &with.map);
+        }
+        it.push(it.contents.back() + " ");
+    };
+    with.say("one\ntwo\n");
+    CHECK_EQ(list(with.it.contents), list({"one", "two", "three"}));
+    CHECK_EQ(list(second.contents), list({"another"}));
+    CHECK_EQ(with.it.buffer + std::string(with.it.ac_in_buffer()), "");
+    CHECK_EQ(support::wait_for(with.map, with.end, "three three "), "two three three ");
+}
+
 TEST(terminator, buffers_discarded_on_the_way) {
     talk with;
     with.it.on_terminator = [](chat& it) {
@@ -783,4 +805,96 @@ TEST(output, one_send_for_one_event) {
     asyncore::poll(5.0, &map);
     CHECK_EQ(end.take(), "ababab");
     CHECK_EQ(it.sends, 1);
+}
+
+// A call that fails for another reason than a peer that has gone is an error, and the session ends.
+TEST(output, a_device_that_is_full) {
+    const int fd = ::open("/dev/full", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    map_type map;
+    chat it(nullptr, &map);
+    it.set_socket(std::make_unique<asyncore::file_wrapper>(fd));
+    ::close(fd);
+    it.connected = true;
+    support::captured out(std::cout);
+    it.push("x");
+    CHECK_EQ(it.errors, 1);
+    CHECK(map.empty());
+}
+
+TEST(pause, a_folder_is_nothing_to_read) {
+    const int fd = ::open("/", O_RDONLY | O_CLOEXEC);
+    CHECK(fd >= 0);
+    map_type map;
+    chat it(nullptr, &map);
+    it.set_socket(std::make_unique<asyncore::file_wrapper>(fd));
+    ::close(fd);
+    it.connected = true;
+    support::captured out(std::cout);
+    it.handle_read();   // EISDIR
+    CHECK_EQ(it.errors, 1);
+    CHECK(map.empty());
+}
+
+// The first exception is the one that counts.
+TEST(output, send_throws_after_a_handler_has_thrown) {
+    struct failing : chat {
+        using chat::chat;
+        std::size_t send(std::string_view) override { throw std::runtime_error("second"); }
+    };
+    for (const bool closes : {false, true}) {
+        map_type map;
+        auto [end, sock] = wire::pair();
+        failing it(std::move(sock), &map);
+        it.set_terminator("\n");
+        it.on_terminator = [&](chat& self) {
+            self.push("x");
+            if (closes) self.close();   // harmless, whatever becomes of the output
+            throw std::logic_error("first");
+        };
+        end.send("go\n");
+        support::captured out(std::cout);
+        asyncore::poll(5.0, &map);
+        CHECK_EQ(it.errors, 1);
+        CHECK(out.text().find("(std::logic_error:first)") != std::string::npos);
+        CHECK(map.empty());
+    }
+}
+
+TEST(output, a_producer_that_discards_the_queue_and_more) {
+    talk with;
+    CHECK_THROWS(with.it.push_with_producer(make([&]() -> std::string {
+        with.it.discard_buffers();
+        throw std::runtime_error("and itself");
+    })),
+                 std::runtime_error);
+    CHECK(with.it.producer_fifo.empty());
+    with.it.push_with_producer(make([&]() -> std::string {
+        with.it.discard_buffers();
+        with.it.push_with_producer(pieces({"another"}));
+        return "lost";
+    }));
+    CHECK_EQ(support::wait_for(with.map, with.end, "another"), "another");
+    CHECK(with.it.producer_fifo.empty());
+}
+
+TEST(pause, a_deadline_of_ones_own_closes) {
+    struct hasty : chat {
+        using chat::chat;
+        asyncore::clock::time_point deadline() override { return asyncore::clock::time_point::min(); }
+    };
+    map_type map;
+    auto [end, sock] = wire::pair();
+    hasty it(std::move(sock), &map);
+    asyncore::poll(5.0, &map);
+    CHECK(map.empty());
+    CHECK_EQ(support::wait_for_eof(map, end), "");
+}
+
+TEST(pause, nothing_urgent_after_all) {
+    talk with;
+    with.it.handle_expt();   // a UNIX socket has no urgent bytes
+    CHECK(with.it.connected);
+    with.say("x\n");
+    CHECK_EQ(list(with.it.contents), "['x']");
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "dialog.hpp"
 #include "scene.hpp"
 
 using namespace scenes;
@@ -120,6 +121,27 @@ TEST(relay, an_upstream_that_leaves_between_two_commands) {
             CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
             here.finish();
         }
+    }
+}
+
+// The answer to DATA is ours; the message finds nobody.
+TEST(relay, an_upstream_that_leaves_before_the_message) {
+    for (const bool use_poll : {false, true}) {
+        scene here(use_poll);
+        support::captured told(smtpd::DEBUGSTREAM);
+        CHECK_EQ(here.client.ask("MAIL FROM:<a@client.test>"), OK);
+        CHECK_EQ(here.client.ask("RCPT TO:<b@example>"), OK);
+        CHECK_EQ(here.client.ask("DATA").substr(0, 3), std::string("354"));
+        here.up.hang_up();
+        here.settle();
+        here.client.say(body + "\r\n.\r\n");
+        CHECK_EQ(here.client.answer(), NOT_AVAILABLE);
+        here.up.script["RCPT"] = {says("421 4.3.2 bye")};
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), OK + " / " + NOT_AVAILABLE);
+        CHECK(told.text().find("\ngot 421 '4.3.2 bye'\n") != std::string::npos);
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        CHECK_EQ(here.up.messages.size(), 1u);
+        here.finish();
     }
 }
 
@@ -248,6 +270,37 @@ TEST(relay, a_connection_that_nobody_answers) {
         CHECK_EQ(client.ask("MAIL FROM:<a@client.test>"), NOT_AVAILABLE);
         CHECK_EQ(client.ask("QUIT"), std::string("221 Bye"));
         client.wait_for_close();
+    }
+}
+
+// A port of this host that nobody listens at may be given to the connection itself, which TCP then connects to
+// itself: it must not take its own words for an upstream's.
+TEST(relay, a_connection_to_itself_is_refused) {
+    struct narcissus : smtpd::SMTP {
+        asyncore::address own;
+        using SMTP::SMTP;
+        void add_channel(asyncore::map_type* with) override {
+            SMTP::add_channel(with);
+            socket->bind(own);
+        }
+    };
+    for (const bool use_poll : {false, true}) {
+        asyncore::map_type map;
+        smtpd::timeouts wait;
+        wait.greeting = std::chrono::seconds(5);
+        narcissus session(&map, wait);
+        {
+            asyncore::socket_type free(AF_INET, SOCK_STREAM);
+            free.bind({"127.0.0.1", 0});
+            session.own = free.getsockname();
+        }
+        std::vector<std::string> told;
+        session.connect(session.own, [&](const smtpd::reply& answer) { told.push_back(answer.line()); });
+        support::run_until(
+            map, [&] { return !told.empty(); }, use_poll);
+        CHECK_EQ(joined(told), std::system_error(ECONNREFUSED, std::generic_category(), "connect").what());
+        CHECK(!session.connected);
+        CHECK(map.empty());
     }
 }
 
@@ -828,6 +881,64 @@ TEST(relay, changed_recipients_are_all_or_none) {
     });
 }
 
+// The message goes by a connection of its own, with the client's options but for the size.
+TEST(relay, changed_recipients_and_options) {
+    struct row {
+        std::string name, told;
+        std::function<void(filtered&)> then = nullptr;   // in the filter
+    };
+    const std::vector<row> rows{{"passed on", TAKEN},
+                                {"not offered any more", "550 Error: SMTPUTF8 is not supported by the next server",
+                                 [](filtered& it) { it.up.extensions = {"8BITMIME"}; }},
+                                {"refused at HELO", NO,
+                                 [](filtered& it) {
+                                     it.up.script["EHLO"] = {says("502 5.5.1 what?")};
+                                     it.up.script["HELO"] = {says(NO)};
+                                 }},
+                                {"lost at once", NOT_AVAILABLE, [](filtered& it) { it.server._remoteaddr = {}; }}};
+    each(rows, [](const row& it, bool use_poll) {
+        smtpd::options with;
+        with.enable_SMTPUTF8 = true;
+        filtered here(use_poll, with);
+        here.up.extensions = {"SIZE", "8BITMIME", "SMTPUTF8"};
+        here.server.process = [&](filter& server, const auto& peer, const auto& from, const auto&, auto&& data,
+                                  const auto& kwargs) {
+            if (it.then) it.then(here);
+            return server.pass(peer, from, {"c@example"}, std::move(data), kwargs);
+        };
+        CHECK_EQ(here.client.ask("MAIL FROM:<a@client.test> SIZE=5 BODY=8BITMIME SMTPUTF8"), OK);
+        CHECK_EQ(here.client.ask("RCPT TO:<b@example>"), OK);
+        CHECK_EQ(here.client.ask("DATA").substr(0, 3), std::string("354"));
+        here.client.say(body + "\r\n.\r\n");
+        CHECK_EQ(here.client.answer(), it.told);
+        CHECK_EQ(here.up.messages.size(), it.told == TAKEN ? 1u : 0u);
+        if (it.told == TAKEN)
+            CHECK_EQ(here.up.messages[0].mailfrom,
+                     "MAIL FROM:<a@client.test> BODY=8BITMIME SMTPUTF8 SIZE=" +
+                         std::to_string(here.up.messages[0].data.size() + 4));   // its lines end with CR LF
+        here.finish();
+    });
+}
+
+// Its channels know nothing of an upstream: each message goes by a connection of its own.
+TEST(relay, a_proxy_with_plain_channels) {
+    struct plain : smtpd::PureProxy {
+        using PureProxy::PureProxy;
+        std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
+                                                          const asyncore::address& from) override {
+            return SMTPServer::channel_class(std::move(conn), from);
+        }
+    };
+    for (const bool use_poll : {false, true}) {
+        scene_with<plain> here(use_poll);
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        here.up.script["RCPT"] = {says(NO)};
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), SO_FAR + NO);
+        here.finish();
+        CHECK_EQ(here.up.heard.size(), 2u);
+    }
+}
+
 TEST(relay, deliver_several_copies) {
     filtered here;
     here.server.process = [](filter& it, const auto&, const auto& from, const auto& to, auto&& data,
@@ -882,6 +993,41 @@ TEST(relay, a_filter_decides_later) {
     later[1]();
     here.run_until([&] { return here.up.messages.size() == 2; });
     here.wait_until_upstream_is_left();
+}
+
+// The transaction stays open for it; when the client has been sent away, the message goes all the same.
+TEST(relay, a_filter_passes_later) {
+    for (const bool stopped : {false, true}) {
+        filtered here;
+        std::function<void()> later;
+        here.server.process = [&later](filter& it, const auto& peer, const auto& from, const auto& to, auto&& data,
+                                       const auto& kwargs) {
+            later = [&it, peer, from, to, message = std::move(data), kwargs, reply = kwargs.defer()]() mutable {
+                it.pass(peer, from, to, std::move(message), kwargs);
+            };
+            return std::nullopt;
+        };
+        here.client.ask("MAIL FROM:<a@client.test>");
+        here.client.ask("RCPT TO:<b@example>");
+        here.client.ask("DATA");
+        here.client.say(body + "\r\n.\r\n");
+        here.run_until([&] { return later != nullptr; });
+        if (stopped) {
+            here.server.stop(milliseconds(1));
+            here.client.wait_for_close();
+        }
+        later();
+        later = nullptr;
+        if (stopped) {
+            here.run_until([&] { return here.up.messages.size() == 1; });
+            here.wait_until_upstream_is_left();
+        } else {
+            CHECK_EQ(here.client.answer(), TAKEN);
+            here.finish();
+        }
+        CHECK_EQ(here.up.accepted("tagged-1"), 1u);
+        CHECK_EQ(here.up.heard.size(), stopped ? 2u : 1u);
+    }
 }
 
 TEST(relay, the_server_goes_with_a_delivery_in_hand) {

@@ -656,3 +656,65 @@ TEST(MiscTestCase, test__all__) {
     CHECK((std::is_base_of_v<smtpd::SMTPServer, smtpd::DebuggingServer>));
     CHECK((std::is_base_of_v<smtpd::SMTPServer, smtpd::PureProxy>));
 }
+
+// ---------------------------------------------------------------------------------------------------------
+// Classes of one's own
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Knows a verb more, and takes any options of a recipient.
+struct own_channel : smtpd::SMTPChannel {
+    using SMTPChannel::SMTPChannel;
+    void smtp_TURN(argument arg) { push(arg ? "501 Syntax: TURN" : "502 no"); }
+    void smtp_RCPT(argument arg) override {
+        SMTPChannel::smtp_RCPT(arg->substr(0, arg->find(' ')));
+        rcpt_options = {"NOTIFY=NEVER"};
+    }
+    command find_command(std::string_view verb) override {
+        return verb == "TURN" ? static_cast<command>(&own_channel::smtp_TURN) : SMTPChannel::find_command(verb);
+    }
+};
+
+struct own_server : smtpd::DebuggingServer {
+    using DebuggingServer::DebuggingServer;
+    std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                      const asyncore::address& from) override {
+        return std::make_unique<own_channel>(*this, std::move(sock), from, settings);
+    }
+};
+
+}   // namespace
+
+TEST(own_class, a_verb_and_the_options_of_a_recipient) {
+    talking_to<own_server> it("127.0.0.1", {});
+    it.lines({{"turn", "502 no"},
+              {"TURN x", "501 Syntax: TURN"},
+              {"NOOP", OK},
+              {"VRFY", "501 Syntax: VRFY <address>"},
+              {"EHLO example", EHLO_8BIT},
+              {"MAIL FROM:<a@b>", OK},
+              {"RCPT TO:<c@d> NOTIFY=NEVER", OK},
+              {"DATA", DATA_START}});
+    support::captured out(std::cout);
+    it.line("hi\r\n.", OK);
+    CHECK_EQ(out.text(),
+             "---------- MESSAGE FOLLOWS ----------\nrcpt options: ['NOTIFY=NEVER']\n\nhi\n"
+             "------------ END MESSAGE ------------\n");
+}
+
+// As -c finds it.
+TEST(own_class, server_class) {
+    const smtpd::server_class registered("own_server",
+                                         [](auto&&... args) { return std::make_unique<own_server>(args...); });
+    CHECK_EQ(smtpd::server_class::all().size(), 5u);
+    asyncore::map_type map;
+    std::string names;
+    for (const char* name : {"own_server", "SMTPServer", "DebuggingServer", "PureProxy", "MailmanProxy"}) {
+        const auto server = smtpd::server_class::all().at(name)({"127.0.0.1", 0}, {}, as_options({}, map));
+        names += server->class_name() + " ";
+    }
+    CHECK_EQ(names, "smtpd.DebuggingServer smtpd.SMTPServer smtpd.DebuggingServer smtpd.PureProxy smtpd.MailmanProxy ");
+    CHECK_EQ(smtpd::SMTP(&map).class_name(), "smtpd.SMTP");
+    CHECK_EQ(smtpd::LMTP(&map).class_name(), "smtpd.LMTP");
+}

@@ -1,5 +1,6 @@
 // SMTP, LMTP and sendmail(): the client's side, alone.
 
+#include "dialog.hpp"
 #include "scene.hpp"
 
 using namespace scenes;
@@ -155,6 +156,16 @@ TEST(sendmail, HELO_when_there_is_no_EHLO) {
     it.up.check();
     CHECK_EQ(it.up.conversation(0), std::string("EHLO [127.0.0.1] / HELO [127.0.0.1] / MAIL FROM:<a@client.test> / "
                                                 "RCPT TO:<b@example> / DATA / (message) / QUIT"));
+}
+
+TEST(sendmail, neither_EHLO_nor_HELO) {
+    upstream_thread it([](upstream& up) {
+        up.always["EHLO"] = says("502 5.5.1 what?");
+        up.always["HELO"] = says(NO);
+    });
+    CHECK_EQ(outcome(it.up, {"b@example"}), "throws " + NO);
+    it.join();
+    it.up.check();
 }
 
 TEST(sendmail, line_ends_and_NUL_in_an_address_are_an_error_of_the_caller) {
@@ -450,6 +461,107 @@ TEST(smtplib, a_session_owned_by_its_map) {
     support::run_until(map, [&] { return done; });
     CHECK_EQ(result.line(), TAKEN);
     CHECK_EQ(map.size() - up.open(), 1u);
+}
+
+namespace {
+
+// What a server of ours is told by EHLO at this address.
+std::string greeted(const asyncore::address& where) {
+    asyncore::map_type map;
+    smtpd::options with;
+    with.map = &map;
+    with.fqdn = "mx.test";
+    support::nameless<smtpd::SMTPServer> server(where, {}, with);
+    smtpd::SMTP session(&map);
+    int code = 0;
+    session.connect(server.socket->getsockname(), [&](const smtpd::reply& greeting) {
+        CHECK_EQ(greeting.code, 220);
+        session.ehlo([&](const smtpd::reply& answer) { code = answer.code; });
+    });
+    support::run_until(map, [&] { return code != 0; });
+    CHECK_EQ(code, 250);
+    return server.channel->seen_greeting;
+}
+
+}   // namespace
+
+TEST(smtplib, how_it_calls_itself) {
+    CHECK_EQ(greeted({"127.0.0.1", 0}), "[127.0.0.1]");
+    if (support::has_ipv6()) CHECK_EQ(greeted({"::1", 0}), "[IPv6:::1]");
+    const std::string path = "/tmp/smtpd-test-" + std::to_string(::getpid()) + ".sock";
+    ::unlink(path.c_str());
+    CHECK_EQ(greeted(asyncore::address::unix_path(path)), "localhost");
+    ::unlink(path.c_str());
+    // Nobody is there any more, which is known at once.
+    talk it;
+    it.session.connect(asyncore::address::unix_path(path), it.keep());
+    CHECK_EQ(it.told.size(), 1u);
+    CHECK_EQ(it.next().substr(0, 11), "-1 connect:");
+    CHECK_EQ(it.session._fileno, -1);
+}
+
+TEST(smtplib, a_timeout_that_is_for_ever) {
+    smtpd::timeouts wait;
+    wait.connect = wait.greeting = wait.command = wait.quit = milliseconds::max();
+    talk it(wait);
+    CHECK_EQ(it.connect(), std::string("220 upstream ready"));
+    CHECK_EQ(it.ehlo().substr(0, 12), std::string("250-upstream"));
+    it.leave();
+}
+
+TEST(smtplib, what_needs_a_connection_that_is_gone) {
+    talk it;
+    it.session.data("Hello\n", it.keep());
+    CHECK_EQ(it.next(), std::string("-1 not connected"));
+}
+
+TEST(smtplib, SMTPUTF8_that_is_not_offered) {
+    talk it;
+    it.connect();
+    it.ehlo();
+    it.session.sendmail("\xc3\xa4@client.test", {"b@example"}, "Hello\n", {"SMTPUTF8"}, false,
+                        [&](const smtpd::reply& answer, const auto&) { it.keep()(answer); });
+    CHECK_EQ(it.next(), std::string("550 Error: SMTPUTF8 is not supported by the next server"));
+    it.leave();
+    CHECK_EQ(it.up.conversation(0), std::string("EHLO [127.0.0.1] / QUIT"));
+}
+
+// What is thrown by those whom a session calls ends that session, and no other; ExitNow ends the loop.
+TEST(smtplib, a_handler_that_throws) {
+    struct row {
+        std::string name;
+        bool refused;              // the connection; otherwise the handler of the greeting throws
+        bool exits;                // with ExitNow
+        bool at_the_end = false;   // on_close throws as well, or rather
+    };
+    for (const auto& row :
+         {row{"greeting", false, false}, row{"greeting", false, true}, row{"refused", true, false},
+          row{"refused", true, true}, row{"close", false, false, true}, row{"close", false, true, true}}) {
+        talk it;
+        if (row.refused) it.up.refuse();
+        int calls = 0;
+        const auto fail = [&] {
+            ++calls;
+            if (row.exits) throw asyncore::ExitNow();
+            throw std::runtime_error("a handler's fault");
+        };
+        if (row.at_the_end) it.session.on_close = fail;
+        support::captured out(std::cout);
+        bool left = false;
+        try {
+            it.session.connect(it.up.where(), [&](const smtpd::reply&) {
+                if (row.at_the_end) throw std::runtime_error("the first");
+                fail();
+            });
+            it.run_until([&] { return calls > 0 && it.session._fileno < 0; });
+        } catch (const asyncore::ExitNow&) {
+            left = true;
+        }
+        CHECK_EQ(row.name + " " + std::to_string(calls), row.name + " 1");
+        CHECK_EQ(left, row.exits);
+        if (row.name == "greeting" && !row.exits) CHECK(out.text().find("a handler's fault") != std::string::npos);
+        if (row.at_the_end) CHECK(out.text().find("the first") != std::string::npos);
+    }
 }
 
 TEST(smtplib, a_name) {
