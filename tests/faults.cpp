@@ -4,8 +4,10 @@
 
 #include <execinfo.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <netdb.h>
 #include <poll.h>
+#include <pwd.h>
 #include <sys/select.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -13,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <csignal>
 #include <cstdarg>
 #include <cstdlib>
 #include <cstring>
@@ -23,6 +26,7 @@ namespace faults {
 
 bool exposed::on = false;
 bool tell = false;
+void (*on_select)() = nullptr;
 
 namespace {
 
@@ -87,9 +91,10 @@ long live_allocations() { return live; }
 const char* name_of(call which) {
     static const char* const names[] = {"none",        "allocation",  "accept",      "bind",       "close",
                                         "connect",     "fcntl",       "getaddrinfo", "gethostname", "getnameinfo",
-                                        "getpeername", "getsockname", "getsockopt",  "listen",     "open",
-                                        "poll",        "read",        "recv",        "select",     "send",
-                                        "setsockopt",  "socket",      "write"};
+                                        "getpeername", "getpwnam",    "getsockname", "getsockopt", "listen",
+                                        "open",        "pipe",        "poll",        "read",       "recv",
+                                        "select",      "send",        "setgid",      "setgroups",  "setsockopt",
+                                        "setuid",      "sigaction",   "socket",      "write"};
     return names[static_cast<std::size_t>(which)];
 }
 
@@ -123,8 +128,11 @@ const std::vector<int>& errors_of(call which) {
         // gethostname
         {ENAMETOOLONG},
         {EAI_AGAIN, EAI_BADFLAGS, EAI_FAIL, EAI_FAMILY, EAI_MEMORY, EAI_NONAME, EAI_OVERFLOW, EAI_SYSTEM},
-        // getpeername, getsockname
+        // getpeername
         {EBADF, EINVAL, ENOTCONN, ENOTSOCK, EOPNOTSUPP, ENOBUFS},
+        // getpwnam
+        {ENOENT, EIO},
+        // getsockname
         {EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP, ENOBUFS},
         // getsockopt
         {EBADF, EINVAL, ENOPROTOOPT, ENOTSOCK, EACCES, ENOBUFS},
@@ -132,6 +140,8 @@ const std::vector<int>& errors_of(call which) {
         {EBADF, EDESTADDRREQ, EINVAL, ENOTSOCK, EOPNOTSUPP, EACCES, ENOBUFS, EADDRINUSE},
         // open
         {EINTR, EACCES, EIO, ELOOP, EMFILE, ENFILE, ENOENT, ENOTDIR, ENXIO, EPERM, ENOMEM},
+        // pipe
+        {EMFILE, ENFILE},
         // poll
         {EINTR, EAGAIN, ENOMEM, EINVAL},
         // read
@@ -145,8 +155,14 @@ const std::vector<int>& errors_of(call which) {
         // send
         {one_byte, EINTR, EAGAIN, EBADF, ECONNRESET, EDESTADDRREQ, EMSGSIZE, ENOTCONN, ENOTSOCK, EOPNOTSUPP,
          EPIPE, EACCES, EIO, ENETDOWN, ENETUNREACH, ENOBUFS, ENOMEM, ETIMEDOUT, EHOSTUNREACH},
+        // setgid, setgroups
+        {EPERM, EINVAL},
+        {EPERM, EINVAL, ENOMEM},
         // setsockopt
         {EBADF, EDOM, EINVAL, EISCONN, ENOPROTOOPT, ENOTSOCK, ENOMEM, ENOBUFS},
+        // setuid, sigaction
+        {EPERM, EINVAL, EAGAIN},
+        {EINVAL},
         // socket
         {EAFNOSUPPORT, EMFILE, ENFILE, EPROTONOSUPPORT, EPROTOTYPE, EACCES, ENOBUFS, ENOMEM, EINVAL},
         // write
@@ -170,16 +186,19 @@ int __real_getaddrinfo(const char*, const char*, const addrinfo*, addrinfo**);
 int __real_gethostname(char*, size_t);
 int __real_getnameinfo(const sockaddr*, socklen_t, char*, socklen_t, char*, socklen_t, int);
 int __real_getpeername(int, sockaddr*, socklen_t*);
+passwd* __real_getpwnam(const char*);
 int __real_getsockname(int, sockaddr*, socklen_t*);
 int __real_getsockopt(int, int, int, void*, socklen_t*);
 int __real_listen(int, int);
 int __real_open(const char*, int, ...);
+int __real_pipe(int*);
 int __real_poll(pollfd*, nfds_t, int);
 ssize_t __real_read(int, void*, size_t);
 ssize_t __real_recv(int, void*, size_t, int);
 int __real_select(int, fd_set*, fd_set*, fd_set*, timeval*);
 ssize_t __real_send(int, const void*, size_t, int);
 int __real_setsockopt(int, int, int, const void*, socklen_t);
+int __real_sigaction(int, const struct sigaction*, struct sigaction*);
 int __real_socket(int, int, int);
 ssize_t __real_write(int, const void*, size_t);
 
@@ -272,6 +291,21 @@ int __wrap_open(const char* path, int flags, ...) {
     return faults::taken(__real_open(path, flags, mode));
 }
 
+passwd* __wrap_getpwnam(const char* name) {
+    return faults::fails_with_errno(call::getpwnam) ? nullptr : __real_getpwnam(name);
+}
+
+// These three are not to happen: whoever runs the tests stays who he is.
+int __wrap_setgid(gid_t) { return faults::fails_with_errno(call::setgid) ? -1 : 0; }
+int __wrap_setgroups(size_t, const gid_t*) { return faults::fails_with_errno(call::setgroups) ? -1 : 0; }
+int __wrap_setuid(uid_t) { return faults::fails_with_errno(call::setuid) ? -1 : 0; }
+
+int __wrap_sigaction(int number, const struct sigaction* action, struct sigaction* before) {
+    return faults::fails_with_errno(call::sigaction) ? -1 : __real_sigaction(number, action, before);
+}
+
+int __wrap_pipe(int* ends) { return faults::fails_with_errno(call::pipe) ? -1 : __real_pipe(ends); }
+
 int __wrap_poll(pollfd* list, nfds_t size, int timeout) {
     return faults::fails_with_errno(call::poll) ? -1 : __real_poll(list, size, timeout);
 }
@@ -287,6 +321,7 @@ ssize_t __wrap_recv(int fd, void* buffer, size_t size, int flags) {
 }
 
 int __wrap_select(int size, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) {
+    if (auto* const hook = std::exchange(faults::on_select, nullptr)) hook();
     return faults::fails_with_errno(call::select) ? -1 : __real_select(size, r, w, e, timeout);
 }
 

@@ -23,16 +23,22 @@ enum class call {
     gethostname,
     getnameinfo,
     getpeername,
+    getpwnam,
     getsockname,
     getsockopt,
     listen,
     open,
+    pipe,
     poll,
     read,
     recv,
     select,
     send,
+    setgid,
+    setgroups,
     setsockopt,
+    setuid,
+    sigaction,
     socket,
     write,
     count_
@@ -50,6 +56,7 @@ struct plan {
 
 void arm(const plan& what);
 void disarm();
+extern void (*on_select)();   // called by the next select(), once
 extern bool tell;           // where a call fails, on stderr: addresses for addr2line
 bool hit();                 // has a call failed since arm()?
 long seen(call which);      // calls of that kind since arm()

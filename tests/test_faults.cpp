@@ -2,7 +2,8 @@
 // proxies and clients is run with the first call of a kind failing, then with the second, until a run passes
 // without a fault. After each run: no crash, nothing leaked, no descriptor lost or closed twice, the loop neither
 // ended nor span, at most one client was hurt, nobody was told 250 for a message that did not arrive, and whoever
-// comes next is served.
+// comes next is served. The program of main.cpp is run as well, until SIGTERM ends it: it ends properly, or with one
+// line of complaint.
 //
 // Usage: faults [-v] [-a] [-q] [CALL [ERROR [NUMBER [COUNT]]]]
 //   -v   show what the library logs, and where the call fails
@@ -14,6 +15,7 @@
 #include <netinet/tcp.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -30,6 +32,8 @@
 
 #include "faults.hpp"
 #include "smtpd.hpp"
+
+int program_main(int argc, char** argv);   // main.cpp's
 
 namespace {
 
@@ -145,6 +149,31 @@ smtpd::options with(asyncore::map_type& map, const char* fqdn = "mx.test") {
     return result;
 }
 
+// Mailman's side: all of LMTP that there is for one recipient.
+class lmtp_keeper : public keeper {
+  public:
+    struct channel : smtpd::SMTPChannel {
+        using SMTPChannel::SMTPChannel;
+        command find_command(std::string_view verb) override {
+            return SMTPChannel::find_command(verb == "LHLO" ? "EHLO" : verb);
+        }
+    };
+
+    using keeper::keeper;
+    std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                      const address& from) override {
+        return std::make_unique<channel>(*this, std::move(sock), from, settings);
+    }
+};
+
+const std::string LIST = "list@example.com";
+
+// Where DEBUGSTREAM goes, under poll().
+class discarding : public std::streambuf {
+    int_type overflow(int_type c) override { return traits_type::not_eof(c); }
+    std::streamsize xsputn(const char*, std::streamsize size) override { return size; }
+} discarded;
+
 // Everything that runs in one map.
 struct house {
     asyncore::map_type map;
@@ -152,6 +181,8 @@ struct house {
     smtpd::DebuggingServer debugging;
     smtpd::PureProxy proxy;
     keeper local;
+    lmtp_keeper lists;
+    smtpd::MailmanProxy mailman;
     reader file;
 
     explicit house(int pipe_end)
@@ -160,8 +191,22 @@ struct house {
           debugging({"127.0.0.1", 0}, {}, with(map)),
           proxy({"127.0.0.1", 0}, {"two.test", port_of(behind)}, with(map, "proxy")),
           local(address::unix_path(folder + "/server"), {}, with(map)),
+          lists({"127.0.0.1", 0}, {}, with(map)),
+          mailman({"127.0.0.1", 0}, {"127.0.0.1", port_of(behind)}, with_lists(map, port_of(lists))),
           file(pipe_end, &map) {}
 
+    static smtpd::options with_lists(asyncore::map_type& map, int port) {
+        smtpd::options result = with(map);
+        result.mailman_lists = folder;
+        result.mailman_lmtp = {"127.0.0.1", port};
+        return result;
+    }
+    smtpd::SMTPServer& server(const std::string& name) {
+        if (name == "local") return local;
+        if (name == "mailman") return mailman;
+        if (name == "debugging") return debugging;
+        return name == "proxy" ? static_cast<smtpd::SMTPServer&>(proxy) : direct;
+    }
     static int port_of(const smtpd::SMTPServer& server) {
         const sheltered here;
         return server.socket->getsockname().port;
@@ -182,6 +227,7 @@ class talker {
     bool ends = true;                // it leaves, and waits for the end; otherwise it stays where it is
     bool half_closes = false;        // when it has sent everything
     bool sends_message = true;       // all of one
+    std::size_t recipients = 1;
 
     talker(std::string what, std::string to, std::vector<step> steps)
         : name(std::move(what)), marker("marker of " + name), server(std::move(to)), steps_(std::move(steps)) {}
@@ -299,15 +345,19 @@ std::string body(const std::string& name, std::size_t size) {
     return text + "The last line.\r\n.\r\n";
 }
 
+std::string another(std::size_t i) { return "recipient" + std::to_string(i) + "@a-rather-long-name.example.com"; }
+
 std::unique_ptr<talker> in_turns(const std::string& name, const std::string& server, std::size_t size = 0,
                                  std::size_t recipients = 1) {
     std::vector<step> steps{{1, "EHLO client.test\r\n"}, {2, "MAIL FROM:<sender@example.com> BODY=8BITMIME\r\n"}};
     for (std::size_t i = 0; i < recipients; ++i)
-        steps.push_back({3 + i, "RCPT TO:<recipient" + std::to_string(i) + "@a-rather-long-name.example.com>\r\n"});
+        steps.push_back({3 + i, "RCPT TO:<" + (server == "mailman" && i == 0 ? LIST : another(i)) + ">\r\n"});
     steps.push_back({3 + recipients, "DATA\r\n"});
     steps.push_back({4 + recipients, body(name, size)});
     steps.push_back({5 + recipients, "QUIT\r\n"});
-    return std::make_unique<talker>(name, server, std::move(steps));
+    auto made = std::make_unique<talker>(name, server, std::move(steps));
+    made->recipients = recipients;
+    return made;
 }
 
 std::unique_ptr<talker> at_once(const std::string& name, const std::string& server, bool quits) {
@@ -342,6 +392,7 @@ talkers first_visitors(std::size_t large) {
     all.push_back(at_once("proxy at once", "proxy", true));
     all.push_back(at_once("proxy half-closed", "proxy", false));
     all.push_back(in_turns("proxy large", "proxy", large * 3 / 2));
+    all.push_back(in_turns("mailman in turns", "mailman", 0, 2));
     all.push_back(parked("parked silent", "direct", {}, 1));
     all.push_back(parked("parked in DATA", "direct",
                          {{0, "HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a message\r\n"}}, 5));
@@ -390,6 +441,7 @@ class run {
     verdict operator()() {
         ::unlink((folder + "/server").c_str());   // of a run that crashed
         faults::arm(fault_);
+        smtpd::DEBUGSTREAM.rdbuf(use_poll_ ? &discarded : nullptr);
         if (::pipe(pipe_) < 0) std::abort();
         {
             printed out;
@@ -440,7 +492,7 @@ class run {
         check_file(here, allowed > 0);
         check_delivered(here);
         const std::size_t before = visitors_.size();
-        for (const char* server : {"direct", "debugging", "proxy", "local"}) {
+        for (const char* server : {"direct", "debugging", "proxy", "local", "mailman"}) {
             visitors_.push_back(in_turns(std::string("fresh at ") + server, server));
             if (!alive(here, server)) {
                 if (allowed < 1000) result_.add(std::string("the listener is closed: ") + server);
@@ -462,10 +514,7 @@ class run {
     bool crawling() const { return fault_.error == faults::one_byte && fault_.how_many > 1; }
 
     static bool alive(house& here, const std::string& server) {
-        const smtpd::SMTPServer& it = server == "direct"      ? static_cast<smtpd::SMTPServer&>(here.direct)
-                                      : server == "debugging" ? static_cast<smtpd::SMTPServer&>(here.debugging)
-                                      : server == "proxy"     ? static_cast<smtpd::SMTPServer&>(here.proxy)
-                                                              : here.local;
+        const smtpd::SMTPServer& it = here.server(server);
         return it.accepting && here.map.get(it._fileno) == &it;
     }
 
@@ -473,9 +522,7 @@ class run {
         if (it.server == "local")
             it.connect(folder + "/server", folder + "/a-client-with-a-name");
         else
-            it.connect(house::port_of(it.server == "direct"      ? static_cast<smtpd::SMTPServer&>(here.direct)
-                                      : it.server == "debugging" ? static_cast<smtpd::SMTPServer&>(here.debugging)
-                                                                 : here.proxy));
+            it.connect(house::port_of(here.server(it.server)));
     }
 
     // One pass; false when the loop would have ended.
@@ -511,7 +558,7 @@ class run {
             if (all) break;
             const auto now = asyncore::clock::now();
             if (moved) last = now;
-            if (now - last > milliseconds(400)) {
+            if (now - last > milliseconds(400 + 20 * std::min(fault_.how_many, 20L))) {
                 result_.add("somebody waits for ever" + stories());
                 break;
             }
@@ -550,17 +597,24 @@ class run {
             const auto holds = [&](const std::string& data) {
                 return data.find(it->marker + ".") != data.npos && data.find("\nThe last line.") != data.npos;
             };
-            long times = 0;
+            const auto check = [&](long times) {
+                if (it->acknowledged() && times == 0)
+                    result_.add("250 for a message that did not arrive: " + it->story());
+                if (times > 1) result_.add("a message arrived twice: " + it->story());
+            };
+            const auto check_at = [&](const keeper& server) {
+                check(std::count_if(server.bodies.begin(), server.bodies.end(), holds));
+            };
             if (it->server == "debugging") {
+                long times = 0;
                 for (std::size_t at = 0; (at = text.find(it->marker + ".", at)) != text.npos; ++at) ++times;
+                check(times);
+            } else if (it->server == "mailman") {
+                check_at(here.lists);
+                if (it->recipients > 1) check_at(here.behind);
             } else {
-                const auto& bodies = it->server == "direct" ? here.direct.bodies
-                                     : it->server == "local" ? here.local.bodies
-                                                             : here.behind.bodies;
-                times = std::count_if(bodies.begin(), bodies.end(), holds);
+                check_at(it->server == "direct" ? here.direct : it->server == "local" ? here.local : here.behind);
             }
-            if (it->acknowledged() && times == 0) result_.add("250 for a message that did not arrive: " + it->story());
-            if (times > 1) result_.add("a message arrived twice: " + it->story());
         }
     }
 
@@ -607,6 +661,7 @@ struct shared {
     long number;   // of the call that fails in the run under way
     long runs, problems;
     bool done;
+    bool hit;   // of a program
 };
 
 shared* board = nullptr;
@@ -665,6 +720,77 @@ void in_a_child(plan fault, bool use_poll, long only = 0) {
     }
 }
 
+// ---- The program --------------------------------------------------------------------------------------
+
+// What it calls until it runs, and at its end.
+const std::set<call> program_calls{call::allocation, call::bind, call::close, call::fcntl, call::getaddrinfo,
+                                   call::gethostname, call::getpwnam, call::getsockname, call::getsockopt,
+                                   call::listen, call::open, call::pipe, call::select, call::setgid,
+                                   call::setgroups, call::setsockopt, call::setuid, call::sigaction, call::socket};
+
+// All that comes out of a pipe.
+std::string drained(const int (&ends)[2]) {
+    ::close(ends[1]);
+    std::string text;
+    char room[4096];
+    for (ssize_t got; (got = ::read(ends[0], room, sizeof room)) > 0;) text.append(room, static_cast<std::size_t>(got));
+    ::close(ends[0]);
+    return text;
+}
+
+// Runs it until SIGTERM comes in its first select(); what is wrong with how it ends.
+std::string run_program(const plan& fault) {
+    int out[2], err[2];
+    if (::pipe(out) < 0 || ::pipe(err) < 0) std::abort();
+    board->hit = true;   // unless it lives to tell
+    std::fflush(stdout);
+    const pid_t child = ::fork();
+    if (child == 0) {
+        ::dup2(out[1], 1);
+        ::dup2(err[1], 2);
+        for (const int fd : {out[0], out[1], err[0], err[1]}) ::close(fd);
+        ::alarm(10);
+        std::atexit([] {
+            exposed::on = false;
+            board->hit = faults::hit();
+        });
+        faults::on_select = [] { ::raise(SIGTERM); };
+        std::string args[] = {"smtpd", "localhost:0"};
+        char* argv[] = {args[0].data(), args[1].data(), nullptr};
+        faults::arm(fault);
+        const exposed now;
+        std::exit(program_main(2, argv));
+    }
+    const std::string told = drained(err), printed = drained(out);
+    if (verbose) std::fputs(told.c_str(), stderr);
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    const bool needed = one_of(static_cast<int>(fault.which),
+                               {static_cast<int>(call::getpwnam), static_cast<int>(call::pipe),
+                                static_cast<int>(call::setgid), static_cast<int>(call::setgroups),
+                                static_cast<int>(call::setuid)});
+    const bool logged = board->hit && printed.substr(0, 7) == "error: ";
+    if (!printed.empty() && !logged) return "prints " + printed;
+    if (status == 0 && told.empty()) return needed && board->hit ? "runs all the same" : "";
+    const bool one_line = std::count(told.begin(), told.end(), '\n') == 1 && told.back() == '\n';
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 1 && one_line && board->hit) return "";
+    if (WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM && fault.which == call::sigaction) return "";
+    return (WIFSIGNALED(status) ? "ends with signal " + std::to_string(WTERMSIG(status))
+                                : "ends with status " + std::to_string(WEXITSTATUS(status))) + ": " + told;
+}
+
+void program_series(plan fault, long only) {
+    for (fault.first = only ? only : 1;; ++fault.first) {
+        if (only == 0 && quick && fault.first > 3 && fault.first % 7 != 0) continue;
+        ++board->runs;
+        if (const std::string problem = run_program(fault); !problem.empty()) {
+            ++board->problems;
+            std::printf("FAILED program, %s: %s\n", text_of(fault, false).c_str(), problem.c_str());
+        }
+        if (only != 0 || !board->hit) break;
+    }
+}
+
 // Deviation 28: a name stands for two addresses, and this host lacks the first.
 void second_address() {
     asyncore::map_type map;
@@ -694,8 +820,13 @@ int main(int argc, char** argv) {
     const char* parent = std::getenv("TMPDIR");
     folder = std::string(parent ? parent : "/tmp") + "/faults-XXXXXX";
     if (!::mkdtemp(folder.data())) return 1;
+    ::mkdir((folder + "/" + std::string(LIST).replace(LIST.find('@'), 1, ".")).c_str(), 0700);
     std::signal(SIGPIPE, SIG_DFL);
     second_address();
+    if (const std::string problem = run_program({}); !problem.empty()) {
+        std::printf("FAILED the program without a fault: %s\n", problem.c_str());
+        return 1;
+    }
     for (const bool use_poll : {false, true}) run({}, use_poll)();   // what is made once and kept
     for (const bool use_poll : {false, true})
         if (const verdict result = run({}, use_poll)(); result.count > 0) {
@@ -707,15 +838,18 @@ int main(int argc, char** argv) {
         if (!args.empty() && args[0] != faults::name_of(which)) continue;
         for (const int error : faults::errors_of(which)) {
             if (args.size() > 1 && args[1] != faults::name_of(which, error)) continue;
+            const long only = args.size() > 2 ? std::atol(args[2].c_str()) : 0;
+            if (program_calls.count(which)) program_series({which, error}, only);
             for (const bool use_poll : {false, true}) {
                 if (which == (use_poll ? call::select : call::poll)) continue;
                 std::vector<long> lengths{1};
                 if (which == call::allocation) lengths = {1, 3, 20};
+                if (which == call::accept && error == EMFILE) lengths = {1, 2};   // not even with the spare one
                 if (error == faults::one_byte || error == EINTR) lengths = {1, 1000000};
                 if (args.size() > 3) lengths = {std::atol(args[3].c_str())};
                 for (const long length : lengths) {
                     if (length == 1000000 && error == EINTR) continue;   // nothing could ever go on
-                    in_a_child({which, error, 1, length}, use_poll, args.size() > 2 ? std::atol(args[2].c_str()) : 0);
+                    in_a_child({which, error, 1, length}, use_poll, only);
                 }
             }
         }
