@@ -12,9 +12,9 @@ PREFIX = /usr/local
 LIBRARY = asyncore.o smtpd.o
 HEADERS = asyncore.hpp smtpd.hpp
 TESTS = tests/test_main.o tests/support.o tests/upstream.o tests/test_addresses.o tests/test_asynchat.o \
-	tests/test_asyncore.o tests/test_cli.o tests/test_conversations.o tests/test_defer.o tests/test_deviations.o \
-	tests/test_dispatcher.o tests/test_mailman.o tests/test_map.o tests/test_pause.o tests/test_proxy.o \
-	tests/test_relay.o tests/test_smtpd.o tests/test_smtplib.o
+	tests/test_asyncore.o tests/test_cli.o tests/test_conversations.o tests/test_corpus.o tests/test_defer.o \
+	tests/test_deviations.o tests/test_dispatcher.o tests/test_mailman.o tests/test_map.o tests/test_pause.o \
+	tests/test_proxy.o tests/test_relay.o tests/test_smtpd.o tests/test_smtplib.o
 
 all: smtpd
 
@@ -31,6 +31,8 @@ libsmtpd.a: $(LIBRARY)
 asyncore.o: asyncore.hpp
 smtpd.o main.o: $(HEADERS)
 $(TESTS): $(HEADERS) tests/test.hpp tests/support.hpp tests/dialog.hpp tests/reference.hpp tests/scene.hpp tests/upstream.hpp
+tests/test_corpus.o: tests/fuzz/fuzz.hpp tests/fuzz/fuzz_address.cpp tests/fuzz/fuzz_channel.cpp \
+	tests/fuzz/fuzz_grammar.cpp tests/fuzz/fuzz_proxy.cpp tests/fuzz/fuzz_reply.cpp
 
 run: smtpd
 	./smtpd -n -c DebuggingServer localhost:8025

@@ -101,9 +101,13 @@ std::string client::wait_for(std::string_view text) {
 void client::shutdown_write() { ::shutdown(sock_.fileno(), SHUT_WR); }
 
 void run_until(asyncore::map_type& map, const std::function<bool()>& done, bool use_poll) {
-    const auto end = asyncore::clock::now() + std::chrono::seconds(30);
+    static std::chrono::seconds patience(30);   // less when something has gone wrong already
+    const auto end = asyncore::clock::now() + patience;
     while (!done()) {
-        if (asyncore::clock::now() > end) throw std::runtime_error("nothing happened for thirty seconds");
+        if (asyncore::clock::now() > end) {
+            const auto waited = std::exchange(patience, std::chrono::seconds(1));
+            throw std::runtime_error("nothing happened for " + std::to_string(waited.count()) + " s");
+        }
         use_poll ? asyncore::poll2(0.01, &map) : asyncore::poll(0.01, &map);
     }
 }

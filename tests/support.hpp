@@ -64,7 +64,7 @@ class client {
     bool eof_ = false;
 };
 
-// Runs passes until done() or, with a failure, for thirty seconds.
+// Runs passes until done() or, with a failure, for thirty seconds; for one, when that has happened before.
 void run_until(asyncore::map_type& map, const std::function<bool()>& done, bool use_poll = false);
 
 }  // namespace support

@@ -82,3 +82,8 @@ TEST(addresses, as_on_file) {
     for (const auto& [name, times] : count) std::printf(", %s %d", name.c_str(), times);
     std::puts("");
 }
+
+// No command brings such an argument, since each is stripped; a subclass may ask all the same.
+TEST(addresses, white_space_alone_is_none) {
+    for (const char* space : {" ", "\t", " \t ", "\u00a0", "\u2028"}) CHECK(!parser::_getaddr(space));
+}

@@ -1,5 +1,5 @@
 // Runs every TEST, or those whose "suite.name" contains a PATTERN, but none that contains one after a minus sign.
-// Usage: core [-l] [PATTERN...] [-PATTERN...]
+// Usage: core [-l] [PATTERN...] [-PATTERN...]; -l lists them.
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -78,6 +78,20 @@ std::string run(const entry& it, bool look_for_leaks) {
     return "";
 }
 
+#ifndef SANITIZED   // which tell more
+
+const char* running = "";
+
+// A test that crashes is told by its name as well.
+void on_crash(int signal) {
+    for (const std::string_view text : {"CRASHED ", running, "\n"})
+        if (::write(STDOUT_FILENO, text.data(), text.size()) < 0) break;
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
+}
+
+#endif
+
 }  // namespace
 
 registration::registration(const char* suite, const char* name, void (*body)()) {
@@ -94,19 +108,28 @@ void fail(const char* file, int line, const std::string& what) {
 
 int main(int argc, char** argv) {
     std::signal(SIGPIPE, SIG_DFL);   // the library must never raise it
-    const std::vector<std::string_view> patterns(argv + 1, argv + argc);
+    std::vector<std::string_view> patterns(argv + 1, argv + argc), without;
     const bool list = !patterns.empty() && patterns[0] == "-l";
+    if (list) patterns.erase(patterns.begin());
+    const auto first = std::stable_partition(patterns.begin(), patterns.end(), [](auto p) { return p[0] != '-'; });
+    for (auto it = first; it != patterns.end(); ++it) without.push_back(it->substr(1));
+    patterns.erase(first, patterns.end());
+    if (patterns.empty()) patterns.emplace_back("");
     int passed = 0, failed = 0;
+#ifndef SANITIZED
+    for (const int crash : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL}) std::signal(crash, test::on_crash);
+#endif
     for (const auto& it : test::entries()) {
-        bool wanted = list || std::all_of(patterns.begin(), patterns.end(), [](auto p) { return p[0] == '-'; });
-        for (const auto pattern : patterns) wanted = wanted || it.name.find(pattern) != it.name.npos;
-        for (const auto pattern : patterns)
-            if (!list && pattern[0] == '-' && it.name.find(pattern.substr(1)) != it.name.npos) wanted = false;
-        if (!wanted) continue;
+        const auto in_name = [&it](std::string_view pattern) { return it.name.find(pattern) != it.name.npos; };
+        if (!std::any_of(patterns.begin(), patterns.end(), in_name)) continue;
+        if (std::any_of(without.begin(), without.end(), in_name)) continue;
         if (list) {
             std::puts(it.name.c_str());
             continue;
         }
+#ifndef SANITIZED
+        test::running = it.name.c_str();
+#endif
         std::string wrong = test::run(it, false);
         // Something made once and kept is no leak: only a second run that leaves memory behind has one.
         if (wrong.empty()) wrong = test::run(it, true);
