@@ -50,7 +50,8 @@ constexpr int no_signal = MSG_NOSIGNAL;
 constexpr int no_signal = 0;
 #endif
 
-// A new socket, non-blocking and closed on exec, where the call that made it could not say so.
+// A new socket, which it owns. Where socket() and accept() could not be told so, it is made non-blocking and closed on
+// exec here.
 std::unique_ptr<socket_type> prepared(int fd) {
     socket_type holder(fd);   // closes it when there is no memory
     auto sock = std::make_unique<socket_type>();
@@ -366,10 +367,9 @@ void map_type::remove(int fd, const dispatcher& object) noexcept {
 
 void map_type::own(std::unique_ptr<dispatcher> object) {
     if (object->_map != this) throw std::invalid_argument("the object is registered with another map");
-    auto& list = get(object->_fileno) == object.get() ? owned_ : graveyard_;
+    if (get(object->_fileno) != object.get()) return graveyard_.push_back(std::move(object));   // closed already
     dispatcher& it = *object;
-    list.push_back(std::move(object));
-    if (&list == &graveyard_) return;   // closed already
+    owned_.push_back(std::move(object));
     it.owned_ = true;
     it.self_ = std::prev(owned_.end());
 }
@@ -474,7 +474,7 @@ struct map_type::pass : visit {
     ~pass() { wanted.swap(map.wanted_); }
 
     void collect() {
-        newest = map.registrations_;
+        newest = map.registrations_;   // who registers from now on is a newcomer
         for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
             const slot asked = map.slots_[fd];
             if (!asked.object) continue;
@@ -525,7 +525,7 @@ struct map_type::pass : visit {
     }
 
     // Whom the event was collected for: nobody, when that one has left, whoever has the descriptor now.
-    dispatcher* find(std::size_t i) const {
+    dispatcher* still_there(std::size_t i) const {
         const auto fd = static_cast<std::size_t>(wanted[i].fd);
         if (fd >= map.slots_.size()) return nullptr;   // the map was cleared
         const slot& found = map.slots_[fd];
@@ -557,7 +557,7 @@ struct map_type::pass : visit {
             for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
                 if (!FD_ISSET(wanted[i].fd, &step.ready)) continue;
                 --left_to_do;
-                if (dispatcher* obj = find(i)) step.event(*obj);
+                if (dispatcher* obj = still_there(i)) step.event(*obj);
             }
     }
 
@@ -570,7 +570,7 @@ struct map_type::pass : visit {
         for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
             if (wanted[i].revents == 0) continue;
             --left_to_do;
-            if (dispatcher* obj = find(i)) readwrite(*obj, wanted[i].revents);
+            if (dispatcher* obj = still_there(i)) readwrite(*obj, wanted[i].revents);
         }
     }
 
@@ -1052,7 +1052,7 @@ void async_chat::consume() {
 namespace {
 
 // Where the needle is. Its last byte is looked at before the rest: lines end all the time, messages seldom.
-std::size_t find(std::string_view haystack, std::string_view needle) {
+std::size_t find_terminator(std::string_view haystack, std::string_view needle) {
     const char* from = haystack.data();
     const char* const end = from + haystack.size();
     while (static_cast<std::size_t>(end - from) >= needle.size()) {
@@ -1080,7 +1080,7 @@ bool async_chat::consume_some() {
         return true;
     }
     const auto* term = std::get_if<std::string>(&terminator_);
-    const std::size_t index = term && !term->empty() ? find(input_, *term) : input_.npos;
+    const std::size_t index = term && !term->empty() ? find_terminator(input_, *term) : input_.npos;
     if (index != input_.npos) {
         const std::string_view data = take(index + term->size()).substr(0, index);
         if (!data.empty()) collect_incoming_data(data);
@@ -1126,6 +1126,7 @@ void async_chat::handle_expt() {
     dispatcher::handle_expt();
 }
 
+// Input that waited and may go on is overdue: the loop calls handle_timeout() at once.
 asyncore::clock::time_point async_chat::deadline() {
     return held_back_ && !stalled() ? asyncore::clock::time_point::min() : asyncore::clock::time_point::max();
 }
@@ -1186,7 +1187,7 @@ void async_chat::initiate_send() {
         } catch (const std::system_error&) {
             return handle_error();
         }
-        if (taken == 0 || producer_fifo.empty()) return;
+        if (taken == 0 || producer_fifo.empty()) return;   // send() may have closed us
         auto& text = std::get<std::string>(producer_fifo.front());
         queued_ -= taken;
         sent_ += taken;
@@ -1203,8 +1204,8 @@ void async_chat::initiate_send() {
     }
 }
 
-// Lets the producer that stands first put its next piece before itself. It is taken out of the queue for that,
-// because it may discard the queue.
+// Lets the producer that stands first put its next piece before itself. It may discard the queue while it is asked: it
+// is taken out, and the null pointer that stays behind marks its place.
 void async_chat::refill() {
     auto source = std::move(std::get<std::unique_ptr<producer>>(producer_fifo.front()));
     const auto its_place = [this]() -> std::unique_ptr<producer>* {

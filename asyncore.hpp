@@ -426,11 +426,12 @@ std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needl
 // collect_incoming_data() and found_terminator(). Any call that sends may find the peer gone and close the
 // object: look at `connected` when it matters. asynchat.py: async_chat
 class async_chat : public asyncore::dispatcher {
-    // What the loop asks for before each wait stands together.
-    std::size_t queued_ = 0;
-    bool paused_ = false;
-    bool input_over_ = false;
-    bool held_back_ = false;   // consume() stopped because input had to wait
+    // What the loop asks for before each wait stands together. Input waits while the session is paused, for good when
+    // it is over, and while more than ac_out_queue_limit is queued (see stalled()).
+    std::size_t queued_ = 0;    // bytes, producers aside
+    bool paused_ = false;       // pause() to resume()
+    bool input_over_ = false;   // end_input()
+    bool held_back_ = false;    // consume() has stopped because of these; it goes on in handle_timeout()
 
   public:
     // None: no end; a number of bytes; or the bytes that end the input.

@@ -268,7 +268,7 @@ class signal_watch : public asyncore::file_dispatcher {
 
 }   // namespace
 
-// smtpd.py: the end of the file
+// What smtpd.py does below its classes.
 static int run(const std::vector<std::string>& args) {
     const Options options = parseargs(args);
     const auto& classes = smtpd::server_class::all();

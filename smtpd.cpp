@@ -452,6 +452,8 @@ void append_unstuffed(std::string& out, std::string_view in) {
 // Answers that come later
 // ---------------------------------------------------------------------------------------------------------
 
+// It is made before process_message() is called. What that returns settles it; or a copy has been taken by defer(),
+// and then answer() does, or the last copy's end.
 struct deferred_reply::owed {
     SMTPChannel* channel;   // null: nobody waits any more
     bool deferred = false;
@@ -463,18 +465,18 @@ struct deferred_reply::owed {
     owed& operator=(const owed&) = delete;
     ~owed() {
         // The last who could have answered has gone without a word.
-        if (SMTPChannel* waiting = let_go()) guarded(*waiting, [&] { waiting->answer_lost(); });
+        if (SMTPChannel* waiting = take_channel()) guarded(*waiting, [&] { waiting->answer_lost(); });
     }
 
     // Whom to answer; nobody, when that has been done, or the client has gone.
-    SMTPChannel* let_go() {
+    SMTPChannel* take_channel() {
         if (!channel) return nullptr;
         channel->owed_ = nullptr;
         return std::exchange(channel, nullptr);
     }
 
     void settle(std::string_view reply) {
-        if (SMTPChannel* waiting = let_go())
+        if (SMTPChannel* waiting = take_channel())
             guarded(*waiting, [&] { waiting->answer(reply.empty() ? "250 OK" : reply); });
     }
 
@@ -511,6 +513,9 @@ deferred_reply message_options::defer() const {
 // SMTPChannel
 // ---------------------------------------------------------------------------------------------------------
 
+SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
+    : SMTPChannel(server, std::move(sock), from, server.settings) {}
+
 SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
                          const options& with)
     : async_chat(std::move(sock), with.map),
@@ -521,8 +526,7 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
       enable_SMTPUTF8(with.enable_SMTPUTF8),
       _decode_data(with.decode_data),
       fqdn(with.fqdn),
-      peer(addr),   // async_chat has asked the socket for it
-
+      peer(addr),   // what the socket says; addr is what accept() has said, as in Python
       rcpt_limit(with.rcpt_limit),
       index_(server.channels_.size()) {
     if (enable_SMTPUTF8 && _decode_data)
@@ -582,6 +586,7 @@ void SMTPChannel::push(std::string_view msg) {
 void SMTPChannel::collect_incoming_data(std::string_view data) {
     // A command is as old as its first byte, a message as its last.
     if (smtp_state == DATA || num_bytes == 0) active_ = asyncore::clock::now();
+    // What smtp_DATA has put back, unless it became part of the terminator.
     if (std::exchange(data_starts_, false) && data.substr(0, 2) == "\r\n") data.remove_prefix(2);
     if (data.empty()) return;
     const std::size_t limit = smtp_state == DATA ? data_size_limit : max_command_size_limit();
@@ -627,7 +632,7 @@ void SMTPChannel::found_terminator() {
     } else {
         push("451 Internal confusion");
     }
-    if (bound_ != asyncore::clock::time_point::max() && !in_hand()) say_goodbye("421 Error: server is shutting down");
+    stop_when_idle();
 }
 
 void SMTPChannel::handle_command(std::string_view line, std::size_t size) {
@@ -674,7 +679,7 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     try {
         status = smtp_server->process_message(peer, mailfrom, rcpttos, std::move(received_data), kwargs);
     } catch (const asyncore::ExitNow&) {
-        reply->let_go();
+        reply->take_channel();
         throw;
     } catch (...) {
         // Python: the connection is closed, without a reply.
@@ -709,12 +714,16 @@ void SMTPChannel::resume() {
 void SMTPChannel::answer(std::string_view reply) {
     resume();
     push(reply);
-    if (bound_ != asyncore::clock::time_point::max() && !in_hand()) say_goodbye("421 Error: server is shutting down");
+    stop_when_idle();
 }
 
 void SMTPChannel::stop(asyncore::clock::time_point bound) {
-    bound_ = bound;
-    if (!in_hand()) say_goodbye("421 Error: server is shutting down");
+    stop_by_ = bound;
+    stop_when_idle();
+}
+
+void SMTPChannel::stop_when_idle() {
+    if (stop_by_ && !in_hand()) say_goodbye("421 Error: server is shutting down");
 }
 
 void SMTPChannel::say_goodbye(std::string_view reply) {
@@ -725,7 +734,8 @@ void SMTPChannel::say_goodbye(std::string_view reply) {
 }
 
 asyncore::clock::time_point SMTPChannel::deadline() {
-    auto due = std::min(async_chat::deadline(), bound_);
+    auto due = async_chat::deadline();
+    if (stop_by_) due = std::min(due, *stop_by_);
     if (idle_timeout.count() > 0 && idle_timeout < for_ever && !paused()) due = std::min(due, active_ + idle_timeout);
     return due;
 }
@@ -733,10 +743,10 @@ asyncore::clock::time_point SMTPChannel::deadline() {
 void SMTPChannel::handle_timeout() {
     if (async_chat::deadline() == asyncore::clock::time_point::min()) return async_chat::handle_timeout();
     if (input_over() || queued() > 0) return close();   // it does not even fetch what it was told
-    const bool bound = bound_ <= asyncore::clock::now();
-    say_goodbye(bound ? "421 Error: server is shutting down" : "421 Error: timeout exceeded");
+    const bool stopped = stop_by_ && *stop_by_ <= asyncore::clock::now();
+    say_goodbye(stopped ? "421 Error: server is shutting down" : "421 Error: timeout exceeded");
     active_ = asyncore::clock::now();
-    if (bound) close();
+    if (stopped) close();
 }
 
 void SMTPChannel::handle_write() {
@@ -794,6 +804,7 @@ void SMTPChannel::smtp_EHLO(argument arg) {
         room += 10;
     }
     if (room) command_size_limits["MAIL"] = command_size_limit + room;
+    for (const auto& extension : extensions()) push("250-" + extension);
     push("250 HELP");
 }
 
@@ -838,7 +849,6 @@ std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector
     return result;
 }
 
-// The syntax of a verb, as HELP and the 501 replies tell it; "" when there is none.
 std::string SMTPChannel::syntax(std::string_view verb) const {
     static constexpr std::pair<std::string_view, std::string_view> table[] = {{"EHLO", "EHLO hostname"},
                                                                               {"HELO", "HELO hostname"},
@@ -906,6 +916,7 @@ void SMTPChannel::smtp_MAIL(argument arg) {
             return push("552 Error: message size exceeds fixed maximum message size");
     }
     if (!params->empty()) return push("555 MAIL FROM parameters not recognized or not implemented");
+    if (const std::string refusal = refuse_MAIL(parsed->first); !refusal.empty()) return push(refusal);
     mailfrom = std::move(parsed->first);
     mail_options = words;
     require_SMTPUTF8 = utf8;
@@ -928,6 +939,7 @@ void SMTPChannel::smtp_RCPT(argument arg) {
     if (!params) return push(syntaxerr);
     if (!params->empty()) return push("555 RCPT TO parameters not recognized or not implemented");
     if (rcpt_limit && rcpttos.size() >= rcpt_limit) return push("452 Error: too many recipients");
+    if (const std::string refusal = refuse_RCPT(parsed->first); !refusal.empty()) return push(refusal);
     rcpttos.push_back(std::move(parsed->first));
     rcpt_options = words;
     if (debugging()) DEBUGSTREAM << "recips: " << list_repr(rcpttos) << std::endl;
@@ -1007,7 +1019,7 @@ SMTPServer::~SMTPServer() {
 
 std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore::socket_type> sock,
                                                        const address& from) {
-    return std::make_unique<SMTPChannel>(*this, std::move(sock), from, settings);
+    return std::make_unique<SMTPChannel>(*this, std::move(sock), from);
 }
 
 void SMTPServer::stop(std::chrono::milliseconds grace) {
@@ -1627,9 +1639,8 @@ ProxyChannel* message_options::proxy_channel() const {
     return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
 }
 
-ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
-                           const options& with)
-    : SMTPChannel(server, std::move(sock), from, with) {
+ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
+    : SMTPChannel(server, std::move(sock), from) {
     try {
         conn->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // answers come one by one: none shall wait for another
     } catch (const std::system_error&) {
@@ -1831,7 +1842,7 @@ PureProxy::~PureProxy() {
 
 std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::socket_type> sock,
                                                       const address& from) {
-    return std::make_unique<ProxyChannel>(*this, std::move(sock), from, settings);
+    return std::make_unique<ProxyChannel>(*this, std::move(sock), from);
 }
 
 std::unique_ptr<SMTP> PureProxy::make_session(side to) const {

@@ -110,8 +110,9 @@ struct message_options {
 
 // One client's conversation. smtpd.py: SMTPChannel
 class SMTPChannel : public asynchat::async_chat {
-    asyncore::clock::time_point active_ = asyncore::clock::now();              // the idle clock's start
-    asyncore::clock::time_point bound_ = asyncore::clock::time_point::max();   // see stop()
+    // What deadline() is made of stands together.
+    asyncore::clock::time_point active_ = asyncore::clock::now();   // the idle clock's start
+    std::optional<asyncore::clock::time_point> stop_by_;            // see stop()
 
   public:
     std::chrono::milliseconds idle_timeout;
@@ -147,9 +148,11 @@ class SMTPChannel : public asynchat::async_chat {
 
     std::size_t rcpt_limit;
 
-    // Throws std::invalid_argument for SMTPUTF8 together with decode_data. Says nothing yet: see start().
+    // With the server's settings, or others. Throws std::invalid_argument for SMTPUTF8 together with decode_data.
+    // Says nothing yet: see start().
+    SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr);
     SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr,
-                const options& with = {});
+                const options& with);
     ~SMTPChannel() override;
     std::string class_name() const override { return "smtpd.SMTPChannel"; }
 
@@ -158,7 +161,7 @@ class SMTPChannel : public asynchat::async_chat {
     // Ends the conversation with 421, at once or after the message in hand, no later than `bound`.
     void stop(asyncore::clock::time_point bound);
 
-    // a line; CR LF is added. smtpd.py: SMTPChannel.push
+    // A line; CR LF is added. Several: push(reply{250, "one\ntwo"}.line()). smtpd.py: SMTPChannel.push
     void push(std::string_view msg) override;
     // smtpd.py: SMTPChannel.collect_incoming_data
     void collect_incoming_data(std::string_view data) override;
@@ -213,9 +216,14 @@ class SMTPChannel : public asynchat::async_chat {
     // smtpd.py: SMTPChannel._set_rset_state
     void _set_rset_state();
 
-    // MAIL and RCPT are right and their values are set: answer them. 250 OK, unless a subclass knows better.
-    virtual void answer_MAIL() { push("250 OK"); }
-    virtual void answer_RCPT() { push("250 OK"); }
+    // A sender or a recipient that is written as it should be: "" takes it, with 250 OK; anything else is the reply
+    // that refuses it, such as "550 no such user". Not in Python.
+    virtual std::string refuse_MAIL(const std::string& /*address*/) { return ""; }
+    virtual std::string refuse_RCPT(const std::string& /*address*/) { return ""; }
+    // What EHLO offers besides, a line each: {"AUTH PLAIN LOGIN"}. Not in Python.
+    virtual std::vector<std::string> extensions() const { return {}; }
+    // The syntax of a verb, as HELP and the 501 replies tell it; "" when there is none. Not in Python.
+    virtual std::string syntax(std::string_view verb) const;
     // Take over the answer to the command under way: the channel pauses until it is given.
     deferred_reply owe();
     // The answer that the client has been waiting for: it is sent, and the channel goes on.
@@ -229,17 +237,20 @@ class SMTPChannel : public asynchat::async_chat {
     friend struct message_options;
     friend struct deferred_reply::owed;
     virtual ProxyChannel* proxy_channel() { return nullptr; }
+    // MAIL and RCPT are right and their values are set.
+    virtual void answer_MAIL() { push("250 OK"); }
+    virtual void answer_RCPT() { push("250 OK"); }
     void handle_command(std::string_view line, std::size_t size);
     void handle_message(std::string&& line, std::size_t size);
     void make_room(std::size_t more);
-    std::string syntax(std::string_view verb) const;
     bool in_hand() const { return smtp_state == DATA || paused(); }
     void say_goodbye(std::string_view reply);
+    void stop_when_idle();
 
     std::size_t index_;                      // in smtp_server->channels_
     deferred_reply::owed* owed_ = nullptr;   // the answer that process_message() has deferred
     std::size_t declared_size_ = 0;          // SIZE= of this MAIL
-    bool data_starts_ = false;               // the CR LF of the DATA line is still to come
+    bool data_starts_ = false;               // the CR LF of the DATA line is still to come: see smtp_DATA
 };
 
 // Listens, and makes a channel for each client. smtpd.py: SMTPServer
@@ -259,11 +270,11 @@ class SMTPServer : public asyncore::dispatcher {
 
     // Makes the channel of a client: override it to use one of your own. smtpd.py: SMTPServer.channel_class
     virtual std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
-                                                       const asyncore::address& addr);
+                                                       const asyncore::address& from);
 
     // Called with each message; override it. `data` is the channel's received_data: read it, or move from it
-    // to keep it. Line ends are \n. Returns the reply, nothing for 250 OK. What it throws is logged, and the
-    // client gets 451. smtpd.py: SMTPServer.process_message
+    // to keep it. Line ends are \n, and the last line has none; the empty sender is "<>". Returns the reply, nothing
+    // for 250 OK. What it throws is logged, and the client gets 451. smtpd.py: SMTPServer.process_message
     virtual std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                        const std::vector<std::string>& rcpttos, std::string&& data,
                                                        const message_options& kwargs);
@@ -495,8 +506,7 @@ class PureProxy : public SMTPServer {
 // The channel of a proxy: it holds a transaction with each side while its client holds one with us.
 class ProxyChannel : public SMTPChannel {
   public:
-    ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr,
-                 const options& with);
+    ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr);
     ~ProxyChannel() override;
     std::string class_name() const override { return "smtpd.ProxyChannel"; }
     void smtp_RCPT(argument arg) override;
@@ -504,12 +514,10 @@ class ProxyChannel : public SMTPChannel {
     void smtp_DATA(argument arg) override;
     void close() override;
 
-  protected:
-    void answer_MAIL() override;
-    void answer_RCPT() override;
-
   private:
     friend class PureProxy;
+    void answer_MAIL() override;
+    void answer_RCPT() override;
     // What one side has been told.
     struct lane {
         SMTP* session = nullptr;             // owned by the map

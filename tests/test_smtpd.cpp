@@ -680,7 +680,7 @@ struct own_server : smtpd::DebuggingServer {
     using DebuggingServer::DebuggingServer;
     std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
                                                       const asyncore::address& from) override {
-        return std::make_unique<own_channel>(*this, std::move(sock), from, settings);
+        return std::make_unique<own_channel>(*this, std::move(sock), from);
     }
 };
 
@@ -717,4 +717,46 @@ TEST(own_class, server_class) {
     CHECK_EQ(names, "smtpd.DebuggingServer smtpd.SMTPServer smtpd.DebuggingServer smtpd.PureProxy smtpd.MailmanProxy ");
     CHECK_EQ(smtpd::SMTP(&map).class_name(), "smtpd.SMTP");
     CHECK_EQ(smtpd::LMTP(&map).class_name(), "smtpd.LMTP");
+}
+
+namespace {
+
+struct choosy_channel : smtpd::SMTPChannel {
+    using SMTPChannel::SMTPChannel;
+    std::string refuse_MAIL(const std::string& address) override { return address == "spam@b" ? "550 not you" : ""; }
+    std::string refuse_RCPT(const std::string& address) override { return address == "c@d" ? "" : "550 no such user"; }
+    std::vector<std::string> extensions() const override { return {"XONE", "XTWO 2"}; }
+    std::string syntax(std::string_view verb) const override {
+        return verb == "XONE" ? "XONE <argument>" : SMTPChannel::syntax(verb);
+    }
+};
+
+struct choosy_server : smtpd::DebuggingServer {
+    using DebuggingServer::DebuggingServer;
+    std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
+                                                      const asyncore::address& from) override {
+        return std::make_unique<choosy_channel>(*this, std::move(sock), from);
+    }
+};
+
+}   // namespace
+
+// Whoever is refused is in no envelope: DATA is 503 as long as nobody has been taken.
+TEST(own_class, senders_and_recipients_that_are_refused) {
+    talking_to<choosy_server> it("127.0.0.1", {});
+    it.line("EHLO example", "250-\r\n250-SIZE 33554432\r\n250-8BITMIME\r\n250-XONE\r\n250-XTWO 2\r\n250 HELP");
+    it.lines({{"HELP XONE", "250 Syntax: XONE <argument>"},
+              {"HELP NOOP", "250 Syntax: NOOP"},
+              {"MAIL FROM:<spam@b>", "550 not you"},
+              {"RCPT TO:<c@d>", "503 Error: need MAIL command"},
+              {"MAIL FROM:<a@b>", OK},
+              {"RCPT TO:<e@f>", "550 no such user"},
+              {"DATA", "503 Error: need RCPT command"},
+              {"RCPT TO:<c@d>", OK},
+              {"RCPT TO:<e@f>", "550 no such user"},
+              {"RCPT TO:<", "501 Syntax: RCPT TO: <address> [SP <mail-parameters>]"},
+              {"DATA", DATA_START}});
+    CHECK_EQ(it.channel().rcpttos.size(), 1u);
+    support::captured out(std::cout);
+    it.line("hi\r\n.", OK);
 }

@@ -27,10 +27,7 @@ struct AuthChannel : smtpd::SMTPChannel {
     command find_command(std::string_view verb) override {
         return verb == "AUTH" ? static_cast<command>(&AuthChannel::smtp_AUTH) : SMTPChannel::find_command(verb);
     }
-    void push(std::string_view msg) override {
-        if (msg == "250 HELP") SMTPChannel::push("250-AUTH PLAIN LOGIN");   // above the last line of EHLO
-        SMTPChannel::push(msg);
-    }
+    std::vector<std::string> extensions() const override { return {"AUTH PLAIN LOGIN"}; }
     void smtp_MAIL(argument arg) override {
         authenticated ? SMTPChannel::smtp_MAIL(arg) : push("530 Authentication required");
     }
@@ -67,7 +64,7 @@ struct AuthServer : smtpd::DebuggingServer {
     using DebuggingServer::DebuggingServer;
     std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                       const asyncore::address& from) override {
-        return std::make_unique<AuthChannel>(*this, std::move(conn), from, settings);
+        return std::make_unique<AuthChannel>(*this, std::move(conn), from);
     }
 };
 

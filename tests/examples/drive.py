@@ -284,6 +284,25 @@ def auth(path):
     return 'PLAIN and LOGIN, right and wrong, and everybody let in'
 
 
+def own_channel(path):
+    with Program(path, 0) as program:
+        with program.smtp() as client:
+            client.ehlo()
+            assert client.has_extn('xcount')
+            same(client.docmd('XCOUNT'), (250, b'so far\n0 messages'))
+            same(client.docmd('XCOUNT', 'x')[0], 501)
+            same(client.docmd('HELP', 'XCOUNT'), (250, b'Syntax: XCOUNT'))
+            refused = client.sendmail('a@example.com', ['alice@example.com', 'eve@example.com'], 'Subject: Hi\n\nHi')
+            same(refused, {'eve@example.com': (550, b'no such user')})
+            try:
+                client.sendmail('a@example.com', ['bob@example.com'], 'Subject: You won the lottery')
+                assert False, 'it was taken'
+            except smtplib.SMTPDataError as error:
+                same(error.smtp_code, 554)
+            same(client.docmd('XCOUNT'), (250, b'so far\n1 messages'))
+    return 'a verb that EHLO tells of; a recipient and a message that are refused'
+
+
 def maildir(path):
     with tempfile.TemporaryDirectory() as folder:
         box = pathlib.Path(folder, 'Maildir')

@@ -44,7 +44,7 @@ struct FaultyServer : smtpd::SMTPServer {
     using SMTPServer::SMTPServer;
     std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> sock,
                                                       const asyncore::address& from) override {
-        return std::make_unique<FaultyChannel>(*this, std::move(sock), from, settings);
+        return std::make_unique<FaultyChannel>(*this, std::move(sock), from);
     }
     std::optional<std::string> process_message(const asyncore::address&, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,

@@ -1,7 +1,7 @@
 // A mail server for tests: it runs in a thread of its own and keeps the messages that it gets.
 //
 //     mail_fixture mail;                          // listens on a free port of 127.0.0.1
-//     send_welcome_mail("127.0.0.1", mail.port());
+//     send_welcome_mail(mail.port(), "you@example.com");
 //     assert(mail.wait_for(1, std::chrono::seconds(5)));
 //     assert(mail.messages()[0].rcpttos[0] == "you@example.com");
 #ifndef FIXTURE_HPP

@@ -34,7 +34,7 @@ struct LMTPServer : smtpd::SMTPServer {
     using SMTPServer::SMTPServer;
     std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                       const asyncore::address& from) override {
-        return std::make_unique<LMTPChannel>(*this, std::move(conn), from, settings);
+        return std::make_unique<LMTPChannel>(*this, std::move(conn), from);
     }
     std::optional<std::string> process_message(const asyncore::address&, const std::string&,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
