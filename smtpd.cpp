@@ -433,17 +433,19 @@ std::string address_parser::get_angle_addr() {
 // Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
 // together is always in one piece, because it might have begun the terminator.
 void append_unstuffed(std::string& out, std::string_view in) {
+    const std::size_t before = out.size();
+    out.resize(before + in.size());
+    char* end = out.data() + before;
     while (!in.empty()) {
-        const auto* cr = static_cast<const char*>(std::memchr(in.data(), '\r', in.size()));
-        const std::size_t end = cr ? static_cast<std::size_t>(cr - in.data()) : in.size();
-        if (in.substr(end, 2) != "\r\n") {
-            out.append(in, 0, end + 1);
-            in.remove_prefix(std::min(end + 1, in.size()));
-            continue;
-        }
-        out.append(in, 0, end).push_back('\n');
-        in.remove_prefix(in.substr(end + 2, 1) == "." ? end + 3 : end + 2);
+        const std::size_t size = std::min(in.find('\r'), in.size());
+        end = std::copy_n(in.data(), size, end);
+        in.remove_prefix(size);
+        if (in.empty()) break;
+        const bool newline = in.substr(0, 2) == "\r\n";
+        *end++ = newline ? '\n' : '\r';
+        in.remove_prefix(!newline ? 1 : in.substr(2, 1) == "." ? 3 : 2);
     }
+    out.resize(static_cast<std::size_t>(end - out.data()));
 }
 
 }   // namespace
