@@ -608,12 +608,15 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
     append_unstuffed(received_lines, data);
 }
 
-// Makes room for a message at once: as much as was declared, or as the message before it took.
+// Makes room for a message at once: as much as was declared, or as the message before it took; beyond 4 MiB, as much
+// as there may be. What is not used of it costs address space, no memory.
 void SMTPChannel::make_room(std::size_t more) {
+    constexpr std::size_t large = 1 << 22;
     const std::size_t needed = received_lines.size() + more;
     if (needed <= received_lines.capacity()) return;
-    received_lines.reserve(std::max({needed, received_lines.capacity() * 2, declared_size_,
-                                     std::min<std::size_t>(smtp_server->message_size_, 1 << 22)}));
+    received_lines.reserve(
+        std::max({needed, received_lines.capacity() * 2, declared_size_, std::min(smtp_server->message_size_, large),
+                  needed > large ? data_size_limit : 0}));
 }
 
 void SMTPChannel::found_terminator() {
@@ -662,8 +665,8 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         _set_post_data_state();
         return push("552 Error: Too much mail data");
     }
-    smtp_server->message_size_ = line.size();
-    if (line.capacity() / 2 > line.size()) line.shrink_to_fit();
+    smtp_server->message_size_ = size;
+    if (line.capacity() / 4 > line.size()) line.shrink_to_fit();
     received_data = std::move(line);
     if (_decode_data && !is_utf8(received_data)) {
         _set_post_data_state();
@@ -1327,7 +1330,7 @@ void SMTP::handle_connect() {
     }
     candidates_.clear();
     due_ = after(wait_.greeting);
-    greeting_ = true;
+    next_ = awaited::greeting;
 }
 
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
@@ -1394,16 +1397,15 @@ void SMTP::data(std::string msg, handler then) {
     docmd("DATA", std::move(then));
     if (!connected) return;
     message_ = std::move(msg);
-    awaiting_354_ = true;
+    next_ = awaited::go_ahead;
     due_ = after(wait_.data_initiation);
 }
 
 void SMTP::send_message() {
-    awaiting_354_ = false;
+    next_ = awaited::end;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
     auto source = std::make_unique<message_producer>(std::exchange(message_, {}));
-    sending_ = true;
-    sent_ = false;
+    gone_out_ = false;
     due_ = after(wait_.data_block);
     push_with_producer(std::move(source));
 }
@@ -1412,7 +1414,7 @@ void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
 
 void SMTP::quit() {
     // A message without its last dot is none.
-    if (!connected || awaiting_354_ || !producer_fifo.empty()) return close();
+    if (!connected || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
     quitting_ = true;
     if (!then_) async_chat::push("QUIT\r\n");
     due_ = std::min(due_, after(wait_.quit));
@@ -1487,18 +1489,20 @@ void SMTP::found_terminator() {
 }
 
 void SMTP::report(const reply& answer) {
-    const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
-    const bool expected = greeting_ ? answer.code == 220 : awaiting_354_ ? answer.code == 354 : !unfinished;
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
-    if (!expected && answer.code < 400) return fail("the answer makes no sense");
+    const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
+    const bool yes = next_ == awaited::greeting   ? answer.code == 220
+                     : next_ == awaited::go_ahead ? answer.code == 354
+                                                  : !unfinished;
+    if (!yes && answer.code < 400) return fail("the answer makes no sense");
     const bool surplus = !ac_in_buffer().empty();
-    if (awaiting_354_ && expected && !surplus) return send_message();
+    if (next_ == awaited::go_ahead && yes && !surplus) return send_message();
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
     const bool over = answer.code == 421 || unfinished;
     if (--replies_left_ > 0 && !over) return;
     // More answers than commands: the one to a message counts, it is the server's to keep now.
-    if (surplus && !sending_ && !over) return fail("there are more answers than commands");
-    greeting_ = awaiting_354_ = sending_ = false;
+    if (surplus && next_ != awaited::end && !over) return fail("there are more answers than commands");
+    next_ = awaited::answer;
     message_ = {};
     due_ = asyncore::clock::time_point::max();
     const handler then = std::exchange(then_, nullptr);
@@ -1531,12 +1535,12 @@ void SMTP::close() {
 
 void SMTP::handle_write() {
     async_chat::handle_write();
-    if (sending_ && !sent_) due_ = after(wait_.data_block);
+    if (next_ == awaited::end && !gone_out_) due_ = after(wait_.data_block);
 }
 
 void SMTP::handle_close() {
     if (connecting) return attempt();
-    if (sending_ && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
+    if (next_ == awaited::end && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
         // The server takes no more of the message: it may have said why.
         producer_fifo.clear();
         handle_read();
@@ -1570,8 +1574,8 @@ void SMTP::handle_error() {
 }
 
 asyncore::clock::time_point SMTP::deadline() {
-    if (sending_ && !sent_ && producer_fifo.empty()) {
-        sent_ = true;
+    if (next_ == awaited::end && !gone_out_ && producer_fifo.empty()) {
+        gone_out_ = true;
         due_ = after(wait_.data_termination);
     }
     return std::min(async_chat::deadline(), due_);

@@ -296,7 +296,7 @@ class SMTPServer : public asyncore::dispatcher {
     void rest();
 
     std::vector<SMTPChannel*> channels_;
-    std::size_t message_size_ = 0;   // of the last message
+    std::size_t message_size_ = 0;   // bytes of the last message, as they came
     asyncore::socket_type spare_;    // given up for a moment when descriptors run out
     asyncore::clock::time_point rested_{};
     bool resting_ = false;
@@ -421,8 +421,10 @@ class SMTP : public asynchat::async_chat {
     std::string line_, why_;
     reply answer_, worst_;
     std::string message_;
-    bool greeting_ = false, awaiting_354_ = false;            // what the next answer is to
-    bool sending_ = false, sent_ = false, cut_off_ = false;   // the message: under way, sent, broken off by the server
+    enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
+    awaited next_ = awaited::answer;
+    bool gone_out_ = false;   // the message has, to its last dot
+    bool cut_off_ = false;    // or the server has broken it off
     bool quitting_ = false;
     std::size_t accepted_ = 0;       // recipients of this transaction
     std::size_t replies_left_ = 1;   // that the command under way will bring
