@@ -726,6 +726,21 @@ def case_table(case, peers, results):
     return table(head, rows)
 
 
+def summary_table(cases, results):
+    """One line a case: throughput over the reference's, and our CPU over its and the bare program's."""
+    rows = []
+    for case in cases:
+        if case.client != 'load' or case.number == 11:
+            continue
+        rate_of = lambda name: show(results.ratio(case, chart_peer(case, name, results), case.reference, rate))
+        ours = chart_peer(case, 'ours', results)
+        rows.append(['%d: %s' % (case.number, case.title), '**%s**' % rate_of('ours')] +
+                    [rate_of(name) for name in ('bare', 'CPython', 'aiosmtpd', 'nodemailer')] +
+                    [show(results.ratio(case, ours, other, cpu)) for other in (case.reference, case.bare)])
+    return rows and table(['throughput ÷ that of smtp-sink (10: Postfix)', 'ours', 'bare', 'CPython', 'aiosmtpd', 'nodemailer',
+                           'our CPU ÷ its', 'our CPU ÷ bare'], rows)
+
+
 class Target:
     """What is asked of us: a ratio and its bound."""
 
@@ -830,6 +845,9 @@ def write_markdown(path, cases, peers_of, results, args):
         if shares:
             print('Other processes took %s of the machine in the median run, %s in the worst.\n' % (
                 percent(statistics.median(shares)), percent(max(shares))), file=f)
+        summary = summary_table(cases, results)
+        if summary:
+            print('## Summary\n\n%s' % summary, file=f)
         targets = target_table(cases, results)
         if targets:
             print('## Targets\n\n%s' % targets, file=f)
