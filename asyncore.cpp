@@ -37,6 +37,19 @@ std::size_t checked(ssize_t result, const char* call) {
 
 bool would_block(int err) { return err == EAGAIN || err == EWOULDBLOCK; }
 
+// What is done although it may fail. False: it has; ExitNow passes through.
+template <typename Act>
+bool quietly(Act act) {
+    try {
+        act();
+        return true;
+    } catch (const ExitNow&) {
+        throw;
+    } catch (...) {
+        return false;
+    }
+}
+
 void set_nonblocking(int fd, bool flag) {
     const int flags = ::fcntl(fd, F_GETFL);
     if (flags < 0) raise(errno, "fcntl");
@@ -50,12 +63,9 @@ constexpr int no_signal = MSG_NOSIGNAL;
 constexpr int no_signal = 0;
 #endif
 
-// A new socket, which it owns. Where socket() and accept() could not be told so, it is made non-blocking and closed on
-// exec here.
-std::unique_ptr<socket_type> prepared(int fd) {
-    socket_type holder(fd);   // closes it when there is no memory
-    auto sock = std::make_unique<socket_type>();
-    *sock = std::move(holder);
+// A new socket. Where socket() and accept() could not be told so, it is made non-blocking and closed on exec here.
+socket_type prepared(int fd) {
+    socket_type sock(fd);
 #ifndef SOCK_NONBLOCK
     set_nonblocking(fd, true);
     if (::fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) raise(errno, "fcntl");
@@ -241,7 +251,7 @@ socket_type::socket_type(int family, int type) : fd_(-1) {
 #endif
     const int fd = ::socket(family, type, 0);
     if (fd < 0) raise(errno, "socket");
-    *this = std::move(*prepared(fd));
+    *this = prepared(fd);
 }
 
 socket_type& socket_type::operator=(socket_type&& other) noexcept {
@@ -310,7 +320,8 @@ std::pair<std::unique_ptr<socket_type>, address> socket_type::accept() {
     });
     if (fd < 0 && (would_block(errno) || errno == ECONNABORTED)) return {};
     if (fd < 0) raise(errno, "accept");
-    return {prepared(fd), address::from(storage, size)};
+    socket_type sock = prepared(fd);   // closes it when there is no memory
+    return {std::make_unique<socket_type>(std::move(sock)), address::from(storage, size)};
 }
 
 address socket_type::getpeername() const {
@@ -338,10 +349,9 @@ dispatcher* map_type::get(int fd) const noexcept {
     return index < slots_.size() ? slots_[index].object : nullptr;
 }
 
-dispatcher* map_type::find(int fd, std::uint64_t registration) const noexcept {
+std::uint64_t map_type::registration(int fd) const noexcept {
     const auto index = static_cast<std::size_t>(fd);
-    if (index >= slots_.size() || slots_[index].registration != registration) return nullptr;
-    return slots_[index].object;
+    return index < slots_.size() ? slots_[index].registration : 0;
 }
 
 std::vector<dispatcher*> map_type::values() const {
@@ -366,6 +376,7 @@ void map_type::remove(int fd, const dispatcher& object) noexcept {
 }
 
 void map_type::own(std::unique_ptr<dispatcher> object) {
+    if (!object) throw std::invalid_argument("there is no object to own");
     if (object->_map != this) throw std::invalid_argument("the object is registered with another map");
     if (get(object->_fileno) != object.get()) return graveyard_.push_back(std::move(object));   // closed already
     dispatcher& it = *object;
@@ -423,10 +434,10 @@ void _exception(dispatcher& obj) { deliver(obj, &dispatcher::handle_expt_event);
 
 void readwrite(dispatcher& obj, short flags) {
     // Python does not look again between the steps; here an object that one step closed is left alone.
-    map_type& map = *obj._map;
+    const map_type& map = *obj._map;
     const int fd = obj._fileno;
-    const auto registration = map.get(fd) == &obj ? map.slots_[static_cast<std::size_t>(fd)].registration : 0;
-    const auto gone = [&] { return registration != 0 && map.find(fd, registration) != &obj; };
+    const auto registration = map.get(fd) == &obj ? map.registration(fd) : 0;
+    const auto gone = [&] { return registration != 0 && map.registration(fd) != registration; };
     try {
         if (flags & POLLIN) obj.handle_read_event();
         if (flags & POLLOUT && !gone()) obj.handle_write_event();
@@ -482,7 +493,7 @@ struct map_type::pass : visit {
             if (asked.object->readable()) events |= POLLIN | POLLPRI;
             if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
             const auto due = asked.object->deadline();
-            if (!map.find(static_cast<int>(fd), asked.registration)) continue;   // closed by one of the three
+            if (map.registration(static_cast<int>(fd)) != asked.registration) continue;   // closed by one of the three
             nearest = std::min(nearest, due);
             if (events == 0) continue;
             try {
@@ -501,6 +512,7 @@ struct map_type::pass : visit {
     void wait(std::optional<double> timeout, Wait sleep) {
         using namespace std::chrono;
         constexpr double for_ever = 1e9;   // 31 years
+        constexpr hours longest(24);       // macOS refuses to wait for more than 100,000,000 s
         auto until = nearest;
         if (timeout && *timeout < for_ever)
             until = std::min(until, clock::now() + duration_cast<clock::duration>(duration<double>(*timeout)));
@@ -508,57 +520,63 @@ struct map_type::pass : visit {
             microseconds left{-1};
             if (until != clock::time_point::max()) {
                 const auto now = clock::now();
-                left = until <= now ? left.zero() : ceil<microseconds>(until - now);
+                left = until <= now ? left.zero() : ceil<microseconds>(std::min<clock::duration>(until - now, longest));
             }
-            const bool done = sleep(left) >= 0;
+            const int ready = sleep(left);
             const int err = errno;
             woken = clock::now();
-            if (done) return;
+            if (ready > 0 || (ready == 0 && woken >= until)) return;
+            if (ready == 0) continue;
             if (err == EAGAIN || err == ENOMEM) {
                 // Python: the loop ends. The system is short of something, and may have it again soon.
                 const timespec moment{0, 10000000};
                 ::nanosleep(&moment, nullptr);
-            } else if (err != EINTR) {
+            } else if (err != EINTR && !(err == EBADF && drop_closed())) {
                 raise(err, "poll");
             }
         }
     }
 
-    // Whom the event was collected for: nobody, when that one has left, whoever has the descriptor now.
-    dispatcher* still_there(std::size_t i) const {
-        const auto fd = static_cast<std::size_t>(wanted[i].fd);
-        if (fd >= map.slots_.size()) return nullptr;   // the map was cleared
-        const slot& found = map.slots_[fd];
-        return found.registration <= newest ? found.object : nullptr;
+    // Forgets those that another one's readable(), writable() or deadline() has closed. Python: the loop ends.
+    bool drop_closed() {
+        const auto closed = [this](const pollfd& want) { return !object_for(want); };
+        const auto kept = std::remove_if(wanted.begin(), wanted.end(), closed);
+        const bool any = kept != wanted.end();
+        wanted.erase(kept, wanted.end());
+        return any;
+    }
+
+    // The object that an event was collected for; null if it has closed since, even if its descriptor is in use again.
+    dispatcher* object_for(const pollfd& want) const {
+        return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
     }
 
     void select(std::optional<double> timeout) {
-        fd_set r_wanted, w_wanted, e_wanted, r, w, e;
-        FD_ZERO(&r_wanted);
-        FD_ZERO(&w_wanted);
-        FD_ZERO(&e_wanted);
-        for (const auto& want : wanted) {
-            if (want.events & POLLIN) FD_SET(want.fd, &r_wanted);
-            if (want.events & POLLOUT) FD_SET(want.fd, &w_wanted);
-            FD_SET(want.fd, &e_wanted);
-        }
+        fd_set r, w, e;
         int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
-            r = r_wanted, w = w_wanted, e = e_wanted;
+            FD_ZERO(&r);
+            FD_ZERO(&w);
+            FD_ZERO(&e);
+            for (const auto& want : wanted) {
+                if (want.events & POLLIN) FD_SET(want.fd, &r);
+                if (want.events & POLLOUT) FD_SET(want.fd, &w);
+                FD_SET(want.fd, &e);
+            }
             timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
                        static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
             return left_to_do = ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
         });
-        const struct {
-            const fd_set& ready;
-            void (*event)(dispatcher&);
-        } steps[] = {{r, asyncore::read}, {w, asyncore::write}, {e, asyncore::_exception}};
-        for (const auto& step : steps)
+        const auto deliver_to = [&](const fd_set& ready, void (*event)(dispatcher&)) {
             for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
-                if (!FD_ISSET(wanted[i].fd, &step.ready)) continue;
+                if (!FD_ISSET(wanted[i].fd, &ready)) continue;
                 --left_to_do;
-                if (dispatcher* obj = still_there(i)) step.event(*obj);
+                if (dispatcher* obj = object_for(wanted[i])) event(*obj);
             }
+        };
+        deliver_to(r, asyncore::read);
+        deliver_to(w, asyncore::write);
+        deliver_to(e, asyncore::_exception);
     }
 
     void poll(std::optional<double> timeout) {
@@ -570,13 +588,14 @@ struct map_type::pass : visit {
         for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
             if (wanted[i].revents == 0) continue;
             --left_to_do;
-            if (dispatcher* obj = still_there(i)) readwrite(*obj, wanted[i].revents);
+            if (dispatcher* obj = object_for(wanted[i])) readwrite(*obj, wanted[i].revents);
         }
     }
 
     int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
 
-    // The timeouts that were due when the wait ended: a handler that took its time is nobody else's idleness.
+    // Timeouts are judged by the time at which the wait ended, so that a slow handler does not make other objects time
+    // out.
     void expire() {
         if (nearest > woken) return;
         for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
@@ -610,11 +629,12 @@ void poll2(std::optional<double> timeout, map_type* map_) {
 
 void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
     map_type& map = given(map_);
-    for (; !map.empty() && (!count || *count > 0); count ? --*count : 0) {
+    while (!map.empty() && count.value_or(1) > 0) {
         if (use_poll)
             poll2(timeout, &map);
         else
             poll(timeout, &map);
+        if (count) --*count;
     }
 }
 
@@ -644,23 +664,16 @@ void close_all(map_type* map_, bool ignore_all) {
 dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(&given(map)) {
     if (!sock) return;
     sock->setblocking(false);
+    try {
+        addr = sock->getpeername();
+        connected = true;
+    } catch (const std::system_error& error) {
+        // A socket that is not connected may be given as well.
+        if (error.code().value() != ENOTCONN && error.code().value() != EINVAL) throw;
+    }
     socket = std::move(sock);
     _fileno = socket->fileno();
-    _map->add(_fileno, *this);
-    connected = true;
-    try {
-        addr = socket->getpeername();
-    } catch (const std::system_error& error) {
-        const int err = error.code().value();
-        if (err != ENOTCONN && err != EINVAL) {
-            _map->remove(_fileno, *this);
-            throw;
-        }
-        connected = false;   // a socket that is not connected may be given as well
-    } catch (...) {
-        _map->remove(_fileno, *this);
-        throw;
-    }
+    _map->add(_fileno, *this);   // last: nothing can fail after it
 }
 
 dispatcher::~dispatcher() { _map->remove(_fileno, *this); }
@@ -689,7 +702,13 @@ void dispatcher::create_socket(int family, int type) {
     set_socket(std::make_unique<socket_type>(family, type));
 }
 
+socket_type& dispatcher::the_socket() const {
+    if (!socket) throw std::logic_error("the dispatcher has no socket");
+    return *socket;
+}
+
 void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
+    if (!sock) throw std::invalid_argument("there is no socket to set");
     _map->remove(_fileno, *this);   // a socket that is replaced takes its registration along
     socket = std::move(sock);
     _fileno = socket->fileno();
@@ -698,7 +717,7 @@ void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
 
 void dispatcher::set_reuse_addr() {
     try {
-        socket->setsockopt(SOL_SOCKET, SO_REUSEADDR, socket->getsockopt(SOL_SOCKET, SO_REUSEADDR) | 1);
+        the_socket().setsockopt(SOL_SOCKET, SO_REUSEADDR, socket->getsockopt(SOL_SOCKET, SO_REUSEADDR) | 1);
     } catch (const std::system_error&) {
         // a server without it can do its work
     }
@@ -706,32 +725,32 @@ void dispatcher::set_reuse_addr() {
 
 void dispatcher::listen(int num) {
     accepting = true;
-    socket->listen(num);
+    the_socket().listen(num);
 }
 
 void dispatcher::bind(const address& address) {
     addr = address;
-    socket->bind(address);
+    the_socket().bind(address);
 }
 
 void dispatcher::connect(const address& address) {
     connected = false;
     connecting = true;
-    const int err = socket->connect_ex(address);
+    const int err = the_socket().connect_ex(address);
     if (err != 0 && err != EISCONN && err != EINPROGRESS && err != EALREADY && !would_block(err)) raise(err, "connect");
     addr = address;
     if (err == 0 || err == EISCONN) handle_connect_event();
 }
 
 std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::accept() {
-    auto pair = socket->accept();
+    auto pair = the_socket().accept();
     if (!pair.first) return std::nullopt;
     return pair;
 }
 
 std::size_t dispatcher::send(std::string_view data) {
     try {
-        return socket->send(data);
+        return the_socket().send(data);
     } catch (const std::system_error& error) {
         if (would_block(error.code().value())) return 0;
         if (!DISCONNECTED(error.code().value())) throw;
@@ -747,7 +766,7 @@ std::string dispatcher::recv(std::size_t buffer_size) {
 
 std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
     try {
-        const std::size_t received = socket->recv(buffer, size);
+        const std::size_t received = the_socket().recv(buffer, size);
         if (received > 0) return received;
     } catch (const std::system_error& error) {
         if (!DISCONNECTED(error.code().value())) throw;
@@ -785,7 +804,7 @@ void dispatcher::handle_read_event() {
 }
 
 void dispatcher::handle_connect_event() {
-    const int err = socket->getsockopt(SOL_SOCKET, SO_ERROR);
+    const int err = the_socket().getsockopt(SOL_SOCKET, SO_ERROR);
     if (err != 0) raise(err, "connect");
     handle_connect();
     connected = true;
@@ -800,7 +819,7 @@ void dispatcher::handle_write_event() {
 
 void dispatcher::handle_expt_event() {
     // An exceptional condition is an error of the socket, or an urgent byte.
-    if (socket->getsockopt(SOL_SOCKET, SO_ERROR) != 0)
+    if (the_socket().getsockopt(SOL_SOCKET, SO_ERROR) != 0)
         handle_close();
     else
         handle_expt();
@@ -826,23 +845,13 @@ std::string dispatcher::current_exception_text() {
 }
 
 void dispatcher::log_exception(std::string_view what) {
-    try {
-        log_info(std::string(what) + " " + repr() + " (" + current_exception_text() + ")", "error");
-    } catch (const ExitNow&) {
-        throw;
-    } catch (...) {
-        // not even that can be told
-    }
+    quietly([&] { log_info(std::string(what) + " " + repr() + " (" + current_exception_text() + ")", "error"); });
 }
 
 void dispatcher::handle_error() {
     log_exception("uncaptured C++ exception, closing channel");
     // Python: what fails in here ends the loop; here the connection is all that is lost.
-    try {
-        handle_close();
-    } catch (const ExitNow&) {
-        throw;
-    } catch (...) {}
+    if (!quietly([this] { handle_close(); }) && !quietly([this] { close(); })) quietly([this] { dispatcher::close(); });
 }
 
 void dispatcher::handle_expt() { log_info("unhandled incoming priority event", "warning"); }
@@ -953,26 +962,6 @@ std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needl
     return length;
 }
 
-// While one is alive, output gathers; the last one sends it.
-class async_chat::corked {
-  public:
-    explicit corked(async_chat& chat) : chat_(chat) { ++chat_.corks_; }
-    ~corked() {
-        if (open_) --chat_.corks_;
-    }
-    corked(const corked&) = delete;
-    corked& operator=(const corked&) = delete;
-
-    void uncork() {
-        open_ = false;
-        if (--chat_.corks_ == 0) chat_.initiate_send();
-    }
-
-  private:
-    async_chat& chat_;
-    bool open_ = true;
-};
-
 async_chat::async_chat(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map)
     : dispatcher(std::move(sock), map) {}
 
@@ -1012,6 +1001,7 @@ void async_chat::handle_read() {
     }
     if (received == 0) return;
     input_ = std::string_view(buffer.data(), left.size() + received);
+    consumed_ = 0;
     try {
         consume();
     } catch (...) {
@@ -1028,25 +1018,21 @@ void async_chat::keep_input() {
     const std::string_view rest = std::exchange(input_, {});
     kept_.assign(rest.data(), rest.size());
     input_ = kept_;
+    consumed_ = 0;
 }
 
-// Cuts the input at the terminators. One send() for all that is pushed meanwhile.
+// Cuts the input at the terminators.
 void async_chat::consume() {
-    corked cork(*this);
     held_back_ = false;
     try {
         // Python goes on when the session has been closed in between; here it stops.
-        while (!input_.empty() && connected && !stalled())
-            if (!consume_some()) break;
+        bool more = true;
+        while (more && !input_.empty() && connected && !stalled()) more = consume_some();
+        held_back_ = more && !input_.empty();
     } catch (...) {
-        // Python has sent each reply by now: what was pushed before the exception still goes out.
-        try {
-            cork.uncork();
-        } catch (...) {}
+        held_back_ = !input_.empty();   // Python looks at it when more has come, if ever
         throw;
     }
-    held_back_ = !input_.empty() && stalled();
-    cork.uncork();
 }
 
 namespace {
@@ -1065,7 +1051,10 @@ std::size_t find_terminator(std::string_view haystack, std::string_view needle) 
 
 // One piece of input; false when the rest may be the beginning of a terminator.
 bool async_chat::consume_some() {
-    const auto take = [this](std::size_t size) { return std::exchange(input_, input_.substr(size)).substr(0, size); };
+    const auto take = [this](std::size_t size) {
+        consumed_ += size;
+        return std::exchange(input_, input_.substr(size)).substr(0, size);
+    };
     if (auto* count = std::get_if<std::size_t>(&terminator_); count && *count > 0) {
         const std::string_view data = take(std::min(*count, input_.size()));
         const bool complete = *count == data.size();
@@ -1088,69 +1077,91 @@ bool async_chat::consume_some() {
 }
 
 void async_chat::unread(std::string_view bytes) {
+    held_back_ = true;   // outside of a read event the loop comes for it
+    const std::string_view before(input_.data() - std::min(consumed_, bytes.size()), std::min(consumed_, bytes.size()));
+    if (before == bytes) {   // they stand in front of it still
+        input_ = {before.data(), before.size() + input_.size()};
+        consumed_ -= bytes.size();
+        return;
+    }
     std::string rest(bytes);
     rest += input_;
     kept_ = std::move(rest);
     input_ = kept_;
-    if (corks_ == 0) held_back_ = true;   // the loop comes for it
+    consumed_ = 0;
 }
 
 void async_chat::handle_write() { initiate_send(); }
 
 void async_chat::handle_close() { close(); }
 
-void async_chat::close() {
-    // Python has sent by now what was pushed in this event.
-    if (corks_ > 0 && connected && queued_ > 0) {
-        try {
-            initiate_send();
-        } catch (...) {
-            // it is closed anyway
-        }
-    }
-    dispatcher::close();
+void async_chat::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
+    const bool replaced = connected;
+    while (send_some()) {}
+    if (replaced && !connected) return;   // it has been lost on the way
+    if (replaced && !producer_fifo.empty())
+        throw std::system_error(EAGAIN, std::generic_category(), "output for the old socket is still queued");
+    dispatcher::set_socket(std::move(sock), map);
 }
 
 void async_chat::handle_expt() {
     char urgent;
     try {
-        socket->recv(&urgent, 1, MSG_OOB);
+        the_socket().recv(&urgent, 1, MSG_OOB);
     } catch (const std::system_error&) {
         // nothing urgent after all
     }
     dispatcher::handle_expt();
 }
 
-// Input that waited and may go on is overdue: the loop calls handle_timeout() at once.
+// Input that waited and may go on is overdue: the loop calls handle_timeout() at once. A paused session looks from time
+// to time whether its peer is still there, since it waits for no event.
 asyncore::clock::time_point async_chat::deadline() {
-    return held_back_ && !stalled() ? asyncore::clock::time_point::min() : asyncore::clock::time_point::max();
+    if (must_go_on()) return asyncore::at_once;
+    return paused_ ? look_again_at_ : asyncore::never;
 }
 
 void async_chat::handle_timeout() {
-    if (held_back_ && !stalled())
-        consume();
-    else
-        dispatcher::handle_timeout();
+    if (must_go_on()) return consume();
+    if (!paused_) return dispatcher::handle_timeout();
+    pollfd gone{_fileno, 0, 0};   // asks for no event, but is told of a reset or a hang-up
+    if (::poll(&gone, 1, 0) > 0) return handle_close();
+    look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
+}
+
+void async_chat::pause() {
+    paused_ = true;
+    look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
+}
+
+std::size_t async_chat::queued() const {
+    std::size_t size = 0;
+    for (const auto& item : producer_fifo)
+        if (const auto* text = std::get_if<std::string>(&item)) size += text->size();
+    return size - std::min(size, sent_);
 }
 
 void async_chat::push(std::string_view data) {
-    queued_ += data.size();
+    queue(data);
+    initiate_send();
+}
+
+// Puts text into the last item, in pieces of ac_out_buffer_size. An item that send() has in hand is left alone.
+void async_chat::queue(std::string_view data) {
     while (!data.empty()) {
-        auto* last = producer_fifo.empty() ? nullptr : std::get_if<std::string>(&producer_fifo.back());
-        if (!last || last->size() >= ac_out_buffer_size) {
-            last = &std::get<std::string>(producer_fifo.emplace_back(std::move(spare_)));
-            spare_.clear();
-        }
+        auto* last = producer_fifo.size() <= (sending_ ? 1 : 0) ? nullptr
+                                                                : std::get_if<std::string>(&producer_fifo.back());
+        if (!last || last->size() >= ac_out_buffer_size)
+            last = &std::get<std::string>(producer_fifo.emplace_back(std::exchange(spare_, {})));
         const auto piece = data.substr(0, ac_out_buffer_size - last->size());
         last->append(piece);
         data.remove_prefix(piece.size());
     }
-    if (corks_ == 0) initiate_send();
 }
 
-void async_chat::push_with_producer(std::unique_ptr<producer> source) {
+void async_chat::push_with_producer(std::shared_ptr<producer> source) {
     producer_fifo.emplace_back(std::move(source));
-    if (corks_ == 0) initiate_send();
+    initiate_send();
 }
 
 bool async_chat::readable() { return !stalled() && !held_back_; }
@@ -1159,68 +1170,79 @@ bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
 
 void async_chat::close_when_done() { producer_fifo.emplace_back(close_mark{}); }
 
-void async_chat::initiate_send() {
-    if (sending_) return;   // a producer that pushes
+void async_chat::initiate_send() { send_some(); }
+
+// One send() a call, as in Python; but what needs none is done at once: a producer that has come to its end goes, and a
+// close that only waited for this is done. True: an item is gone, and there may be more that can be sent.
+bool async_chat::send_some() {
+    if (sending_) return false;   // a send() or a producer that pushes
     struct busy {
         bool& flag;
         explicit busy(bool& f) : flag(f) { flag = true; }
         ~busy() { flag = false; }
     } busy(sending_);
+    bool sent = false;
     while (!producer_fifo.empty() && connected) {
-        auto& first = producer_fifo.front();
-        if (std::holds_alternative<close_mark>(first)) {
+        if (std::holds_alternative<close_mark>(producer_fifo.front())) {
             producer_fifo.pop_front();
-            return handle_close();
+            handle_close();
+            return false;
         }
-        if (std::holds_alternative<std::unique_ptr<producer>>(first)) {
+        if (std::holds_alternative<std::string>(producer_fifo.front())) {
+            if (sent) return true;
+            if (!send_first()) return false;
+            sent = true;
+        } else {
             refill();
-            continue;
         }
-        std::size_t taken = 0;
-        try {
-            taken = send(std::string_view(std::get<std::string>(first)).substr(sent_, ac_out_buffer_size));
-        } catch (const std::system_error&) {
-            return handle_error();
-        }
-        if (taken == 0 || producer_fifo.empty()) return;   // send() may have closed us
-        auto& text = std::get<std::string>(producer_fifo.front());
-        queued_ -= taken;
-        sent_ += taken;
-        if (sent_ < text.size()) return;
-        sent_ = 0;
-        text.clear();
-        if (text.capacity() <= 1024) spare_ = std::move(text);
-        producer_fifo.pop_front();
-        // One send() a call, as in Python; but what needs none is done at once: a producer that has come to its
-        // end goes, and a close that only waited for this is done.
-        while (!producer_fifo.empty() && std::holds_alternative<std::unique_ptr<producer>>(producer_fifo.front()))
-            refill();
-        if (producer_fifo.empty() || !std::holds_alternative<close_mark>(producer_fifo.front())) return;
     }
+    return false;
 }
 
-// Lets the producer that stands first put its next piece before itself. It may discard the queue while it is asked: it
-// is taken out, and the null pointer that stays behind marks its place.
-void async_chat::refill() {
-    auto source = std::move(std::get<std::unique_ptr<producer>>(producer_fifo.front()));
-    const auto its_place = [this]() -> std::unique_ptr<producer>* {
-        auto* first = producer_fifo.empty() ? nullptr : std::get_if<std::unique_ptr<producer>>(&producer_fifo.front());
-        return first && !*first ? first : nullptr;
+// Sends from the first item, which is a string. False: there is more of it. A send() that is overridden may push, close,
+// or discard the queue; so the text is taken out meanwhile, and an empty string keeps its place.
+bool async_chat::send_first() {
+    std::string text = std::exchange(std::get<std::string>(producer_fifo.front()), {});
+    const std::size_t size = text.size();
+    const auto put_back = [this, &text] {
+        if (!sending_ || producer_fifo.empty() || !std::holds_alternative<std::string>(producer_fifo.front()))
+            return false;   // the queue has been discarded
+        std::get<std::string>(producer_fifo.front()) = std::move(text);
+        return true;
     };
-    std::string data;
+    std::size_t taken = 0;
     try {
-        data = source->more();
+        taken = send(std::string_view(text).substr(sent_, ac_out_buffer_size));
+    } catch (const std::system_error&) {
+        put_back();
+        handle_error();
+        return false;
     } catch (...) {
-        if (auto* place = its_place()) *place = std::move(source);
+        put_back();
         throw;
     }
-    auto* place = its_place();
-    if (!place) return;
-    if (data.empty()) return producer_fifo.pop_front();
-    *place = std::move(source);
-    const std::size_t size = data.size();
-    producer_fifo.emplace_front(std::move(data));
-    queued_ += size;
+    if (!put_back()) return false;
+    sent_ += taken;
+    if (sent_ < size) return false;
+    spare_ = std::move(std::get<std::string>(producer_fifo.front()));
+    spare_.clear();
+    if (spare_.capacity() > 1024) spare_ = {};
+    producer_fifo.pop_front();
+    sent_ = 0;
+    return true;
+}
+
+// Asks the first producer for its next piece and queues that in front of it. more() may discard the queue, so the
+// producer is held, and the queue looked at again afterwards.
+void async_chat::refill() {
+    const auto source = std::get<std::shared_ptr<producer>>(producer_fifo.front());
+    std::string data = source->more();
+    auto* first = producer_fifo.empty() ? nullptr : std::get_if<std::shared_ptr<producer>>(&producer_fifo.front());
+    if (!first || *first != source) return;
+    if (data.empty())
+        producer_fifo.pop_front();
+    else
+        producer_fifo.emplace_front(std::move(data));
 }
 
 void async_chat::discard_buffers() {
@@ -1228,8 +1250,8 @@ void async_chat::discard_buffers() {
     kept_.clear();
     incoming.clear();
     producer_fifo.clear();
-    sent_ = queued_ = 0;
-    held_back_ = false;
+    sent_ = consumed_ = 0;
+    held_back_ = sending_ = false;
 }
 
 }   // namespace asynchat

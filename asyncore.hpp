@@ -48,6 +48,7 @@ namespace asyncore {
 class dispatcher;
 
 using clock = std::chrono::steady_clock;
+constexpr auto never = clock::time_point::max(), at_once = clock::time_point::min();   // deadlines
 
 // The errnos that mean "the other side is gone". asyncore.py: _DISCONNECTED
 bool DISCONNECTED(int err) noexcept;
@@ -147,6 +148,9 @@ class map_type {
     bool empty() const noexcept { return size_ == 0; }
     std::size_t size() const noexcept { return size_; }
     dispatcher* get(int fd) const noexcept;   // nullptr when there is none
+    // The number of the registration that has this descriptor; 0: none has. Neither a descriptor nor a pointer tells a
+    // newcomer from the departed; this does.
+    std::uint64_t registration(int fd) const noexcept;
     std::vector<dispatcher*> values() const;
 
     // From here on the object lives until it closes (see the top of this file).
@@ -161,14 +165,12 @@ class map_type {
     friend void poll(std::optional<double>, map_type*);
     friend void poll2(std::optional<double>, map_type*);
     friend void close_all(map_type*, bool);
-    friend void readwrite(dispatcher&, short);
     struct visit;
     struct pass;
     struct slot {
         dispatcher* object = nullptr;
         std::uint64_t registration = 0;
     };
-    dispatcher* find(int fd, std::uint64_t registration) const noexcept;
     void add(int fd, dispatcher& object);
     void remove(int fd, const dispatcher& object) noexcept;
     void bury_the_dead() noexcept;
@@ -255,18 +257,19 @@ class dispatcher {
     // asyncore.py: dispatcher.create_socket
     void create_socket(int family = AF_INET, int type = SOCK_STREAM);
     // asyncore.py: dispatcher.set_socket
-    void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);
+    virtual void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);
     // asyncore.py: dispatcher.set_reuse_addr
     void set_reuse_addr();
 
-    // Asked before each wait: is a read, or a write event wanted? What they throw leaves the loop.
+    // These and deadline() are asked before each wait: is a read, or a write event wanted? What they throw leaves the
+    // loop.
     // asyncore.py: dispatcher.readable
     virtual bool readable() { return true; }
     // asyncore.py: dispatcher.writable
     virtual bool writable() { return true; }
 
-    // When handle_timeout() is due; time_point::max(): never. Asked before each wait. Not in Python.
-    virtual clock::time_point deadline() { return clock::time_point::max(); }
+    // When handle_timeout() is due; time_point::max(): never. Not in Python.
+    virtual clock::time_point deadline() { return never; }
 
     // asyncore.py: dispatcher.listen
     virtual void listen(int num);
@@ -328,6 +331,8 @@ class dispatcher {
     static std::string current_exception_text();
     // Logs it, after `what` and repr(), as far as that can be done.
     void log_exception(std::string_view what);
+    // Throws std::logic_error when there is none.
+    socket_type& the_socket() const;
 
   private:
     friend class map_type;
@@ -428,16 +433,16 @@ std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needl
 class async_chat : public asyncore::dispatcher {
     // What the loop asks for before each wait stands together. Input waits while the session is paused, for good when
     // it is over, and while more than ac_out_queue_limit is queued (see stalled()).
-    std::size_t queued_ = 0;    // bytes, producers aside
     bool paused_ = false;       // pause() to resume()
     bool input_over_ = false;   // end_input()
     bool held_back_ = false;    // consume() has stopped because of these; it goes on in handle_timeout()
+    asyncore::clock::time_point look_again_at_{};   // whether the peer of a paused session is still there
 
   public:
     // None: no end; a number of bytes; or the bytes that end the input.
     using terminator = std::variant<std::monostate, std::size_t, std::string>;
     struct close_mark {};
-    using fifo_item = std::variant<std::string, std::unique_ptr<producer>, close_mark>;
+    using fifo_item = std::variant<std::string, std::shared_ptr<producer>, close_mark>;
 
     // asynchat.py: async_chat.ac_in_buffer_size, async_chat.ac_out_buffer_size
     std::size_t ac_in_buffer_size = 65536;    // bytes asked of one recv()
@@ -472,17 +477,17 @@ class async_chat : public asyncore::dispatcher {
     void handle_write() override;
     // asynchat.py: async_chat.handle_close
     void handle_close() override;
-    void close() override;
+    // What is queued goes to the old socket first. Throws EAGAIN when that takes no more.
+    void set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map = nullptr) override;
     void handle_expt() override;   // takes the urgent byte away, or it would be announced for ever
     asyncore::clock::time_point deadline() override;
     void handle_timeout() override;
 
-    // Output is sent at once, as far as it goes; inside a read event, when the event is done: one send() for
-    // all of it.
+    // Output is sent at once, as far as it goes; the rest when there is room.
     // asynchat.py: async_chat.push
     virtual void push(std::string_view data);
     // asynchat.py: async_chat.push_with_producer
-    void push_with_producer(std::unique_ptr<producer> source);
+    void push_with_producer(std::shared_ptr<producer> source);
     // asynchat.py: async_chat.readable
     bool readable() override;
     // asynchat.py: async_chat.writable
@@ -497,11 +502,12 @@ class async_chat : public asyncore::dispatcher {
     // What has been received and not been looked at yet (Python: an attribute).
     std::string_view ac_in_buffer() const { return input_; }
     // The bytes of output that wait, producers aside.
-    std::size_t queued() const { return queued_; }
+    std::size_t queued() const;
 
     // While it is paused, a session reads nothing and handles nothing; what it has received waits. After
-    // resume() the loop goes on with that first. Not in Python.
-    void pause() { paused_ = true; }
+    // resume() the loop goes on with that first. A peer that resets or hangs up meanwhile is noticed within a second or
+    // two: handle_close(). Not in Python.
+    void pause();
     virtual void resume() { paused_ = false; }
     bool paused() const { return paused_; }
 
@@ -511,23 +517,28 @@ class async_chat : public asyncore::dispatcher {
     bool input_over() const { return input_over_; }
     // Puts bytes in front of the input, as if they had not been read yet.
     void unread(std::string_view bytes);
+    // push() without sending: initiate_send() does that.
+    void queue(std::string_view data);
+    // Input has waited, and need not any longer.
+    bool must_go_on() const { return held_back_ && !stalled(); }
 
   private:
-    class corked;
     // Input has to wait.
-    bool stalled() const { return paused_ || input_over_ || (ac_out_queue_limit && queued_ > ac_out_queue_limit); }
+    bool stalled() const { return paused_ || input_over_ || (ac_out_queue_limit && queued() > ac_out_queue_limit); }
     void consume();
     bool consume_some();
     void keep_input();
+    bool send_some();
+    bool send_first();
     void refill();
 
     terminator terminator_;
     std::string kept_;         // input between two reads
     std::string_view input_;   // what is to be consumed: in kept_, or in the loop's receive buffer
     std::string spare_;        // an empty string with room, so that a reply needs no allocation
-    std::size_t sent_ = 0;     // bytes of the first item that have gone
-    int corks_ = 0;            // read events under way
-    bool sending_ = false;
+    std::size_t consumed_ = 0;   // bytes that stand in front of input_ still
+    std::size_t sent_ = 0;       // bytes of the first item that have gone
+    bool sending_ = false;       // initiate_send() is under way, and the queue has not been discarded in it
 };
 
 }   // namespace asynchat

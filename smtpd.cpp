@@ -24,6 +24,11 @@ std::ostream& default_debugstream() {
 namespace {
 
 constexpr std::chrono::hours for_ever{24 * 365 * 100};
+constexpr char not_processed[] = "451 Error: message not processed";
+constexpr std::size_t kept_size = 65536;   // bytes of the last message that an idle client may hold
+constexpr std::size_t slow_size = 65536;   // bytes that data_timeout is for
+
+bool ends(std::chrono::milliseconds time) { return time.count() > 0 && time < for_ever; }
 
 bool debugging() { return default_debugstream().rdbuf() != nullptr; }
 
@@ -450,6 +455,22 @@ void append_unstuffed(std::string& out, std::string_view in) {
 
 }   // namespace
 
+// Whether a text that comes from a hook is one reply (RFC 5321, 4.2): three digits, then a space or the end, or a dash
+// and another line with the same digits.
+static bool is_reply(std::string_view text) {
+    const std::string_view code = text.substr(0, 3);
+    if (code.size() < 3 || code[0] < '2' || code[0] > '5' || code.find_first_not_of("0123456789") != code.npos)
+        return false;
+    for (;;) {
+        const std::size_t end = text.find("\r\n");
+        const std::string_view line = text.substr(0, end);
+        const char mark = line.size() == 3 ? ' ' : line.substr(0, 3) == code ? line[3] : '?';
+        if (mark != (end == text.npos ? ' ' : '-') || line.find_first_of("\r\n") != line.npos) return false;
+        if (end == text.npos) return true;
+        text.remove_prefix(end + 2);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Answers that come later
 // ---------------------------------------------------------------------------------------------------------
@@ -522,6 +543,7 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
                          const options& with)
     : async_chat(std::move(sock), with.map),
       idle_timeout(with.idle_timeout),
+      data_timeout(with.data_timeout),
       smtp_server(&server),
       conn(socket.get()),
       data_size_limit(with.data_size_limit),
@@ -529,24 +551,19 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
       _decode_data(with.decode_data),
       fqdn(with.fqdn),
       peer(addr),   // what the socket says; addr is what accept() has said, as in Python
-      rcpt_limit(with.rcpt_limit),
-      index_(server.channels_.size()) {
+      rcpt_limit(with.rcpt_limit) {
     if (enable_SMTPUTF8 && _decode_data)
         throw std::invalid_argument("decode_data and enable_SMTPUTF8 cannot be set to True at the same time");
     addr = from;
     ac_out_queue_limit = with.reply_queue_limit;   // Python goes on
     _set_rset_state();
     if (!connected) close();   // the client has gone before we could look
-    server.channels_.push_back(this);
+    server.channels_.insert(this);
 }
 
 SMTPChannel::~SMTPChannel() {
     if (owed_) owed_->channel = nullptr;
-    if (!smtp_server) return;
-    auto& channels = smtp_server->channels_;
-    channels[index_] = channels.back();
-    channels[index_]->index_ = index_;
-    channels.pop_back();
+    if (smtp_server) smtp_server->channels_.erase(this);
 }
 
 void SMTPChannel::start() {
@@ -556,9 +573,10 @@ void SMTPChannel::start() {
 }
 
 std::size_t SMTPChannel::max_command_size_limit() const {
-    std::size_t largest = 0;
+    // Python leaves command_size_limit out, and the limit of one verb becomes every command's.
+    std::size_t largest = command_size_limit;
     for (const auto& [verb, limit] : command_size_limits) largest = std::max(largest, limit);
-    return largest ? largest : command_size_limit;
+    return largest;
 }
 
 void SMTPChannel::_set_post_data_state() {
@@ -567,7 +585,7 @@ void SMTPChannel::_set_post_data_state() {
     rcpttos.clear();
     require_SMTPUTF8 = false;
     num_bytes = 0;
-    declared_size_ = 0;
+    declared_size_ = data_left_ = 0;
     data_starts_ = false;
     set_terminator("\r\n");
 }
@@ -579,15 +597,55 @@ void SMTPChannel::_set_rset_state() {
 }
 
 void SMTPChannel::push(std::string_view msg) {
+    replied_ = true;
     std::string line;
     line.reserve(msg.size() + 2);
     line.append(msg).append("\r\n");
-    async_chat::push(line);
+    queue(line);
+    if (!gathering_) initiate_send();
+}
+
+// Python sends each reply by itself; here those of one event go together, also when an exception ends it.
+template <typename Event>
+void SMTPChannel::gather(Event event) {
+    const bool outermost = !std::exchange(gathering_, true);
+    std::exception_ptr thrown;
+    try {
+        event();
+    } catch (...) {
+        thrown = std::current_exception();
+    }
+    if (outermost) {
+        gathering_ = false;
+        try {
+            initiate_send();
+        } catch (...) {
+            if (!thrown) thrown = std::current_exception();
+        }
+    }
+    if (thrown) std::rethrow_exception(thrown);
+}
+
+void SMTPChannel::handle_read() { gather([this] { async_chat::handle_read(); }); }
+
+void SMTPChannel::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
+    async_chat::set_socket(std::move(sock), map);
+    conn = socket.get();
 }
 
 void SMTPChannel::collect_incoming_data(std::string_view data) {
-    // A command is as old as its first byte, a message as its last.
+    if (smtp_state != COMMAND && smtp_state != DATA) {   // a state of a subclass: the line is its own affair
+        if (received_lines.empty()) active_ = asyncore::clock::now();
+        received_lines.append(data);
+        return;
+    }
+    // A command is as old as its first byte, a message as its last; see also data_timeout.
     if (smtp_state == DATA || num_bytes == 0) active_ = asyncore::clock::now();
+    if (smtp_state == DATA && data.size() >= data_left_) {
+        data_left_ = slow_size + data.size();
+        data_since_ = active_;
+    }
+    if (smtp_state == DATA) data_left_ -= data.size();
     // What smtp_DATA has put back, unless it became part of the terminator.
     if (std::exchange(data_starts_, false) && data.substr(0, 2) == "\r\n") data.remove_prefix(2);
     if (data.empty()) return;
@@ -609,14 +667,20 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
 }
 
 // Makes room for a message at once: as much as was declared, or as the message before it took; beyond 4 MiB, as much
-// as there may be. What is not used of it costs address space, no memory.
+// as is usual. What is not used of it costs address space, no memory. It is a wish: the message may fit where that fails.
 void SMTPChannel::make_room(std::size_t more) {
     constexpr std::size_t large = 1 << 22;
-    const std::size_t needed = received_lines.size() + more;
-    if (needed <= received_lines.capacity()) return;
-    received_lines.reserve(
-        std::max({needed, received_lines.capacity() * 2, declared_size_, std::min(smtp_server->message_size_, large),
-                  needed > large ? data_size_limit : 0}));
+    const std::size_t needed = received_lines.size() + more, before = received_lines.capacity();
+    if (needed <= before) return;
+    const std::size_t usual = std::min(data_size_limit, DATA_SIZE_DEFAULT);
+    const std::size_t wish = std::max(declared_size_, std::min(smtp_server->message_size_, large));
+    for (const std::size_t room : {std::max({needed, before * 2, wish, needed > large ? usual : 0}), needed + needed / 4})
+        try {
+            return received_lines.reserve(room);
+        } catch (const std::exception&) {
+            // it may be had for less
+        }
+    received_lines.reserve(needed);
 }
 
 void SMTPChannel::found_terminator() {
@@ -626,7 +690,7 @@ void SMTPChannel::found_terminator() {
     if (debugging()) DEBUGSTREAM << "Data: " << asyncore::repr(line, _decode_data ? "" : "b") << std::endl;
     active_ = asyncore::clock::now();
     if (smtp_state == COMMAND) {
-        handle_command(line, size);
+        execute(line, size);
         // The next line finds the room that this one had.
         if (received_lines.empty() && line.capacity() <= 1024) {
             line.clear();
@@ -638,6 +702,50 @@ void SMTPChannel::found_terminator() {
         push("451 Internal confusion");
     }
     stop_when_idle();
+}
+
+// A command that throws has changed nothing, and the session goes on. Python: the connection is closed, without a reply.
+void SMTPChannel::execute(std::string_view line, std::size_t size) {
+    const std::size_t recipients = rcpttos.size();
+    const bool open = !mailfrom.empty();
+    replied_ = false;
+    std::exception_ptr leaving;
+    try {
+        return handle_command(line, size);
+    } catch (...) {
+        if (replied_) throw;   // it can't be taken back
+        leaving = log_unless_ExitNow("uncaptured C++ exception in a command of");
+    }
+    if (rcpttos.size() > recipients) rcpttos.resize(recipients);
+    if (!open) mailfrom.clear();
+    if (owed_) owed_->take_channel();
+    if (leaving) {
+        pause();
+        left_behind_ = std::make_shared<deferred_reply::owed>(this);
+        std::rethrow_exception(leaving);
+    }
+    answer("451 Error: command not processed");
+}
+
+// Inside a catch block: logs the exception; ExitNow is returned instead, to be thrown again when all is in order.
+std::exception_ptr SMTPChannel::log_unless_ExitNow(std::string_view what) {
+    try {
+        throw;
+    } catch (const asyncore::ExitNow&) {
+        return std::current_exception();
+    } catch (...) {
+        log_exception(what);
+        return nullptr;
+    }
+}
+
+// Refuses an address when a hook has said so.
+bool SMTPChannel::refused(const std::string& reply) {
+    if (reply.empty()) return false;
+    const bool proper = is_reply(reply) && reply[0] >= '4';
+    if (!proper) log_info("not a refusal: " + asyncore::repr(reply), "error");
+    push(proper ? std::string_view(reply) : "451 Error: command not processed");
+    return true;
 }
 
 void SMTPChannel::handle_command(std::string_view line, std::size_t size) {
@@ -666,12 +774,12 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         return push("552 Error: Too much mail data");
     }
     smtp_server->message_size_ = size;
-    if (line.capacity() / 4 > line.size()) line.shrink_to_fit();
-    received_data = std::move(line);
-    if (_decode_data && !is_utf8(received_data)) {
+    if (_decode_data && !is_utf8(line)) {
         _set_post_data_state();
         return push("554 Error: message is not valid UTF-8");
     }
+    if (line.capacity() / 4 > line.size()) line.shrink_to_fit();
+    received_data = std::move(line);
     auto reply = std::make_shared<deferred_reply::owed>(this);
     message_options kwargs;
     if (!_decode_data) {
@@ -680,17 +788,15 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     }
     kwargs.owed_ = reply;
     std::optional<std::string> status;
+    std::exception_ptr leaving;
     pause();   // a pass inside process_message() shall not read on
     try {
         status = smtp_server->process_message(peer, mailfrom, rcpttos, std::move(received_data), kwargs);
-    } catch (const asyncore::ExitNow&) {
-        reply->take_channel();
-        throw;
     } catch (...) {
         // Python: the connection is closed, without a reply.
-        status = "451 Error: message not processed";
+        status = not_processed;
         reply->deferred = false;
-        log_exception("uncaptured C++ exception in process_message of");
+        leaving = log_unless_ExitNow("uncaptured C++ exception in process_message of");
     }
     _set_post_data_state();
     active_ = asyncore::clock::now();
@@ -698,6 +804,10 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     if (reply->deferred) {
         if (!reply->status) return reply.reset();   // the last of its holders answers, or drops it
         status = reply->status;
+    }
+    if (leaving) {
+        left_behind_ = reply;
+        std::rethrow_exception(leaving);
     }
     reply->settle(status.value_or(std::string()));
 }
@@ -709,7 +819,7 @@ deferred_reply SMTPChannel::owe() {
     return deferred_reply(std::move(owed));
 }
 
-void SMTPChannel::answer_lost() { answer("451 Error: message not processed"); }
+void SMTPChannel::answer_lost() { answer(not_processed); }
 
 void SMTPChannel::resume() {
     async_chat::resume();
@@ -718,7 +828,11 @@ void SMTPChannel::resume() {
 
 void SMTPChannel::answer(std::string_view reply) {
     resume();
-    push(reply);
+    // Python keeps it until the next one.
+    if (received_data.capacity() > kept_size) std::string().swap(received_data);
+    const bool proper = is_reply(reply);
+    if (!proper) log_info("not a reply: " + asyncore::repr(reply), "error");
+    push(proper ? reply : not_processed);
     stop_when_idle();
 }
 
@@ -739,14 +853,17 @@ void SMTPChannel::say_goodbye(std::string_view reply) {
 }
 
 asyncore::clock::time_point SMTPChannel::deadline() {
-    auto due = async_chat::deadline();
+    auto due = left_behind_ ? asyncore::at_once : async_chat::deadline();
     if (stop_by_) due = std::min(due, *stop_by_);
-    if (idle_timeout.count() > 0 && idle_timeout < for_ever && !paused()) due = std::min(due, active_ + idle_timeout);
+    if (paused()) return due;
+    if (ends(idle_timeout)) due = std::min(due, active_ + idle_timeout);
+    if (smtp_state == DATA && !input_over() && ends(data_timeout)) due = std::min(due, data_since_ + data_timeout);
     return due;
 }
 
 void SMTPChannel::handle_timeout() {
-    if (async_chat::deadline() == asyncore::clock::time_point::min()) return async_chat::handle_timeout();
+    if (left_behind_) return left_behind_.reset();
+    if (async_chat::deadline() <= asyncore::clock::now()) return gather([this] { async_chat::handle_timeout(); });
     if (input_over() || queued() > 0) return close();   // it does not even fetch what it was told
     const bool stopped = stop_by_ && *stop_by_ <= asyncore::clock::now();
     say_goodbye(stopped ? "421 Error: server is shutting down" : "421 Error: timeout exceeded");
@@ -763,12 +880,19 @@ void SMTPChannel::handle_write() {
 // The client has closed its side: what it is owed is sent before ours is closed. (Python drops it.)
 void SMTPChannel::handle_close() {
     if (input_over() || queued() == 0) return close();
-    end_input();
     close_when_done();
+    end_input();
 }
 
 void SMTPChannel::close() {
     if (owed_) std::exchange(owed_, nullptr)->channel = nullptr;
+    if (std::exchange(gathering_, false)) {   // Python has sent by now what was pushed in this event
+        try {
+            initiate_send();
+        } catch (...) {
+            // it is closed anyway
+        }
+    }
     async_chat::close();
 }
 
@@ -794,6 +918,7 @@ void SMTPChannel::smtp_HELO(argument arg) {
 void SMTPChannel::smtp_EHLO(argument arg) {
     if (!arg || arg->empty()) return push("501 Syntax: EHLO hostname");
     if (!seen_greeting.empty()) return push("503 Duplicate HELO/EHLO");
+    const auto more = extensions();
     _set_rset_state();
     seen_greeting = *arg;
     extended_smtp = true;
@@ -809,7 +934,7 @@ void SMTPChannel::smtp_EHLO(argument arg) {
         room += 10;
     }
     if (room) command_size_limits["MAIL"] = command_size_limit + room;
-    for (const auto& extension : extensions()) push("250-" + extension);
+    for (const auto& extension : more) push("250-" + extension);
     push("250 HELP");
 }
 
@@ -921,11 +1046,11 @@ void SMTPChannel::smtp_MAIL(argument arg) {
             return push("552 Error: message size exceeds fixed maximum message size");
     }
     if (!params->empty()) return push("555 MAIL FROM parameters not recognized or not implemented");
-    if (const std::string refusal = refuse_MAIL(parsed->first); !refusal.empty()) return push(refusal);
+    if (refused(refuse_MAIL(parsed->first))) return;
     mailfrom = std::move(parsed->first);
     mail_options = words;
     require_SMTPUTF8 = utf8;
-    declared_size_ = std::min(declared, data_size_limit ? data_size_limit : DATA_SIZE_DEFAULT);
+    declared_size_ = std::min(declared, DATA_SIZE_DEFAULT);
     if (debugging()) DEBUGSTREAM << "sender: " << asyncore::repr(mailfrom) << std::endl;
     answer_MAIL();
 }
@@ -944,7 +1069,7 @@ void SMTPChannel::smtp_RCPT(argument arg) {
     if (!params) return push(syntaxerr);
     if (!params->empty()) return push("555 RCPT TO parameters not recognized or not implemented");
     if (rcpt_limit && rcpttos.size() >= rcpt_limit) return push("452 Error: too many recipients");
-    if (const std::string refusal = refuse_RCPT(parsed->first); !refusal.empty()) return push(refusal);
+    if (refused(refuse_RCPT(parsed->first))) return;
     rcpttos.push_back(std::move(parsed->first));
     rcpt_options = words;
     if (debugging()) DEBUGSTREAM << "recips: " << list_repr(rcpttos) << std::endl;
@@ -961,13 +1086,14 @@ void SMTPChannel::smtp_DATA(argument arg) {
     if (seen_greeting.empty()) return push("503 Error: send HELO first");
     if (rcpttos.empty()) return push("503 Error: need RCPT command");
     if (arg && !arg->empty()) return push("501 Syntax: DATA");
+    push("354 End data with <CR><LF>.<CR><LF>");
     smtp_state = DATA;
     set_terminator("\r\n.\r\n");
     // This line's own CR LF may be the first half of the terminator: an empty message is `.` at once. Python
     // waits for another one for ever.
     unread("\r\n");
     data_starts_ = true;
-    push("354 End data with <CR><LF>.<CR><LF>");
+    data_since_ = active_;
 }
 
 void SMTPChannel::smtp_EXPN(argument) { push("502 EXPN not implemented"); }
@@ -977,6 +1103,8 @@ void SMTPChannel::smtp_EXPN(argument) { push("502 EXPN not implemented"); }
 // ---------------------------------------------------------------------------------------------------------
 
 namespace {
+
+constexpr char too_many_connections[] = "421 Error: too many connections\r\n";
 
 int open_spare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
@@ -1034,17 +1162,22 @@ void SMTPServer::stop(std::chrono::milliseconds grace) {
     } catch (const std::system_error&) {
         // it listens no more, whatever close() says
     }
-    for (std::size_t i = 0; i < channels_.size(); ++i) {   // none is destroyed before the pass ends
-        SMTPChannel& channel = *channels_[i];
+    for (auto next = channels_.begin(); next != channels_.end();) {
+        SMTPChannel& channel = **next;
         deferred_reply::owed::guarded(channel, [&] { channel.stop(bound); });
+        next = channels_.upper_bound(&channel);   // which may be gone
     }
 }
 
 asyncore::clock::time_point SMTPServer::deadline() { return resting_ ? rested_ : asyncore::clock::time_point::max(); }
 
-// Python takes one client a pass, and closes the listener when accept() fails.
+// Python takes one client a pass, and closes the listener when accept() fails, or what is called with the client.
 void SMTPServer::handle_accept() {
-    for (int i = 0; i < 100 && accepting; ++i) {
+    // What is called may destroy this server: the map knows.
+    const asyncore::map_type& map = *_map;
+    const int fd = _fileno;
+    const auto registration = map.registration(fd);
+    for (int i = 0; i < 100 && map.registration(fd) == registration && accepting; ++i) {
         std::optional<std::pair<std::unique_ptr<asyncore::socket_type>, address>> pair;
         try {
             pair = accept();
@@ -1057,7 +1190,13 @@ void SMTPServer::handle_accept() {
             return rest();
         }
         if (!pair) return;
-        handle_accepted(std::move(pair->first), pair->second);
+        try {
+            handle_accepted(std::move(pair->first), pair->second);
+        } catch (const asyncore::ExitNow&) {
+            throw;
+        } catch (...) {
+            if (map.registration(fd) == registration) log_exception("uncaptured C++ exception in a new channel of");
+        }
     }
 }
 
@@ -1072,10 +1211,7 @@ void SMTPServer::turn_away() {
     rest();
     try {
         spare_.close();
-        if (auto pair = accept()) {
-            pair->first->send("421 Error: too many connections\r\n");
-            pair->first->close();
-        }
+        if (auto pair = accept()) pair->first->send(too_many_connections);
     } catch (const std::exception&) {
         // it will be told another time
     }
@@ -1083,21 +1219,20 @@ void SMTPServer::turn_away() {
 }
 
 void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const address& from) {
-    SMTPChannel* channel = nullptr;
+    if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
+    if (settings.connection_limit && channels_.size() >= settings.connection_limit) {
+        sock->send(too_many_connections);
+        return;
+    }
+    auto made = channel_class(std::move(sock), from);
+    if (!made) return;
+    SMTPChannel& channel = *made;
+    channel._map->own(std::move(made));
     try {
-        if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
-        auto made = channel_class(std::move(sock), from);
-        if (!made) return;
-        SMTPChannel& owned = *made;
-        owned._map->own(std::move(made));
-        channel = &owned;
-        channel->start();
-    } catch (const asyncore::ExitNow&) {
-        throw;
+        channel.start();
     } catch (...) {
-        // Python: the listener is closed. Here it is this client's loss alone.
-        if (channel) channel->close();
-        log_exception("uncaptured C++ exception in a new channel of");
+        channel.close();
+        throw;
     }
 }
 

@@ -67,6 +67,8 @@ struct options {
     // Not in Python.
     std::string fqdn;                                 // the name in the banner; "": asyncore::getfqdn()
     std::chrono::milliseconds idle_timeout{300000};   // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
+    std::chrono::milliseconds data_timeout{3600000};  // a message that brings less than 64 KiB in it gets 421
+    std::size_t connection_limit = 0;                 // clients at a time; then 421
     std::size_t rcpt_limit = 1000;                    // recipients of a message; then 452
     std::size_t reply_queue_limit = 1 << 20;          // bytes of replies that wait; then input waits too
     timeouts upstream;                                // PureProxy, MailmanProxy: for the servers they send to
@@ -112,10 +114,11 @@ struct message_options {
 class SMTPChannel : public asynchat::async_chat {
     // What deadline() is made of stands together.
     asyncore::clock::time_point active_ = asyncore::clock::now();   // the idle clock's start
+    asyncore::clock::time_point data_since_{};                      // data_timeout's
     std::optional<asyncore::clock::time_point> stop_by_;            // see stop()
 
   public:
-    std::chrono::milliseconds idle_timeout;
+    std::chrono::milliseconds idle_timeout, data_timeout;
 
     // smtpd.py: SMTPChannel.COMMAND, SMTPChannel.DATA
     enum state { COMMAND = 0, DATA = 1 };
@@ -161,8 +164,11 @@ class SMTPChannel : public asynchat::async_chat {
     // Ends the conversation with 421, at once or after the message in hand, no later than `bound`.
     void stop(asyncore::clock::time_point bound);
 
-    // A line; CR LF is added. Several: push(reply{250, "one\ntwo"}.line()). smtpd.py: SMTPChannel.push
+    // A line; CR LF is added. Several: push(reply{250, "one\ntwo"}.line()). What is pushed in one event of the loop is
+    // sent together. smtpd.py: SMTPChannel.push
     void push(std::string_view msg) override;
+    void handle_read() override;
+    void set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map = nullptr) override;
     // smtpd.py: SMTPChannel.collect_incoming_data
     void collect_incoming_data(std::string_view data) override;
     // smtpd.py: SMTPChannel.found_terminator
@@ -240,6 +246,11 @@ class SMTPChannel : public asynchat::async_chat {
     // MAIL and RCPT are right and their values are set.
     virtual void answer_MAIL() { push("250 OK"); }
     virtual void answer_RCPT() { push("250 OK"); }
+    template <typename Event>
+    void gather(Event event);
+    void execute(std::string_view line, std::size_t size);
+    std::exception_ptr log_unless_ExitNow(std::string_view what);
+    bool refused(const std::string& reply);
     void handle_command(std::string_view line, std::size_t size);
     void handle_message(std::string&& line, std::size_t size);
     void make_room(std::size_t more);
@@ -247,10 +258,13 @@ class SMTPChannel : public asynchat::async_chat {
     void say_goodbye(std::string_view reply);
     void stop_when_idle();
 
-    std::size_t index_;                      // in smtp_server->channels_
     deferred_reply::owed* owed_ = nullptr;   // the answer that process_message() has deferred
+    std::shared_ptr<deferred_reply::owed> left_behind_;   // an ExitNow leaves the loop: 451, should it be entered again
     std::size_t declared_size_ = 0;          // SIZE= of this MAIL
+    std::size_t data_left_ = 0;              // bytes until data_since_ is set anew
     bool data_starts_ = false;               // the CR LF of the DATA line is still to come: see smtp_DATA
+    bool gathering_ = false;                 // an event is under way, and replies wait for its end
+    bool replied_ = false;                   // the command under way has pushed something
 };
 
 // Listens, and makes a channel for each client. smtpd.py: SMTPServer
@@ -295,7 +309,7 @@ class SMTPServer : public asyncore::dispatcher {
     void turn_away();
     void rest();
 
-    std::vector<SMTPChannel*> channels_;
+    std::set<SMTPChannel*> channels_;
     std::size_t message_size_ = 0;   // bytes of the last message, as they came
     asyncore::socket_type spare_;    // given up for a moment when descriptors run out
     asyncore::clock::time_point rested_{};

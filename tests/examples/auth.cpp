@@ -21,7 +21,7 @@ std::optional<std::string> decode(std::string_view text) {
 
 struct AuthChannel : smtpd::SMTPChannel {
     using SMTPChannel::SMTPChannel;
-    enum { command_line, credentials, user_name, password } next = command_line;   // what the next line is
+    enum { credentials = 2, user_name, password };   // what the next line is: states beside COMMAND and DATA
     bool authenticated = false;
     std::string user;
     command find_command(std::string_view verb) override {
@@ -35,21 +35,20 @@ struct AuthChannel : smtpd::SMTPChannel {
         if (!extended_smtp || authenticated) return push("503 Bad sequence of commands");
         const std::string_view given = arg.value_or(""), mechanism = given.substr(0, given.find(' '));
         if (mechanism != "PLAIN" && mechanism != "LOGIN") return push("504 Unrecognized authentication type");
-        next = mechanism == "PLAIN" ? credentials : user_name;
+        smtp_state = mechanism == "PLAIN" ? credentials : user_name;
         if (given != mechanism) return take(given.substr(mechanism.size() + 1));
-        push(next == credentials ? "334 " : "334 VXNlcm5hbWU6");   // "Username:"
+        push(smtp_state == credentials ? "334 " : "334 VXNlcm5hbWU6");   // "Username:"
     }
     void found_terminator() override {
-        if (next == command_line) return SMTPChannel::found_terminator();
-        num_bytes = 0;
+        if (smtp_state < credentials) return SMTPChannel::found_terminator();
         take(std::exchange(received_lines, {}));
     }
     void take(std::string_view line) {   // "=" is an empty answer, "*" a change of mind
         auto answer = decode(line == "=" ? "" : line);
-        const auto step = std::exchange(next, command_line);
+        const auto step = std::exchange(smtp_state, COMMAND);
         if (!answer) return push("501 Cancelled, or not base64");
-        if (step == user_name) user = *answer, next = password;
-        if (next == password) return push("334 UGFzc3dvcmQ6");   // "Password:"
+        if (step == user_name) user = *answer, smtp_state = password;
+        if (smtp_state == password) return push("334 UGFzc3dvcmQ6");   // "Password:"
         if (step == credentials) {   // whom to act for, NUL, user, NUL, password
             const std::size_t first = answer->find('\0'), second = answer->find('\0', first + 1);
             if (second == answer->npos) return push("501 Malformed credentials");

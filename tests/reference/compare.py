@@ -81,6 +81,7 @@ ROWS = {
     'lone-dot': '`.` CRLF straight after 354',
     'after-quit': 'commands after QUIT in the same packet',
     'hook-throws': 'process_message throws',
+    'no-reply': 'what process_message returns is no reply',
     'per-channel-limits': 'command_size_limits',
     'options-and-utf8-status': 'mail_options, rcpt_options after a refusal; UTF-8 status text',
     'split-utf8': 'decode_data and UTF-8 split between packets, or invalid',
@@ -129,6 +130,13 @@ STATUSES = ['250 fine', '550 no such user', '250-one\r\n250 two', 'hello', '250 
 
 # ---------------------------------------------------------------------------------------------
 # CPython, and CPython with the rows
+
+def is_reply(text):
+    lines = text.split('\r\n')
+    marks = '-' * (len(lines) - 1) + ' '
+    return all(re.fullmatch(r'[2-5]\d\d(%s[^\r\n]*)%s' % (mark, '?' if mark == ' ' else ''), line) and line[:3] == text[:3]
+               for line, mark in zip(lines, marks))
+
 
 class HookError(Exception):
     """What a process_message() that throws throws."""
@@ -204,6 +212,7 @@ class Decided(smtpd.SMTPChannel):
         self.fired = []
         self.said = 0              # bytes of replies since the event began
         self.held = None           # replies of a command whose fate is open
+        self.in_message = False    # found_message() is under way
         self.swallow = 0           # bytes at the front of a message that are the DATA line's
         self.left = False          # QUIT was said
         self.decoder = codecs.getincrementaldecoder('utf-8')()
@@ -223,6 +232,9 @@ class Decided(smtpd.SMTPChannel):
         if self.held is not None:
             self.held.append(msg)
             return
+        if self.in_message and not is_reply(msg):
+            self.fire('no-reply')
+            msg = NOT_PROCESSED
         if not msg.isascii() and not self.require_SMTPUTF8:
             self.fire('options-and-utf8-status')
         line = (msg + '\r\n').encode('utf-8')
@@ -305,12 +317,14 @@ class Decided(smtpd.SMTPChannel):
                     self.push(NOT_UTF8)
                     return
                 self.received_lines = [message.decode('utf-8')]
+        self.in_message = True
         try:
             super().found_terminator()
         except HookError:
             self.fire('hook-throws')
             self._set_post_data_state()
             self.push(NOT_PROCESSED)
+        self.in_message = False
         if over:
             self.fire('too-much-data')
             self._set_post_data_state()
