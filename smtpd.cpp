@@ -709,22 +709,37 @@ void SMTPChannel::execute(std::string_view line, std::size_t size) {
     const std::size_t recipients = rcpttos.size();
     const bool open = !mailfrom.empty();
     replied_ = false;
+    executing_ = true;
     std::exception_ptr leaving;
     try {
-        return handle_command(line, size);
+        handle_command(line, size);
+        executing_ = false;
+        if (const auto reply = std::exchange(asked_, nullptr)) finish(reply, std::nullopt);
+        return;
     } catch (...) {
+        executing_ = false;
         if (replied_) throw;   // it can't be taken back
         leaving = log_unless_ExitNow("uncaptured C++ exception in a command of");
     }
     if (rcpttos.size() > recipients) rcpttos.resize(recipients);
     if (!open) mailfrom.clear();
-    if (owed_) owed_->take_channel();
-    if (leaving) {
+    auto reply = std::exchange(asked_, nullptr);
+    if (!reply) reply = std::make_shared<deferred_reply::owed>(this);
+    reply->deferred = false;
+    finish(reply, "451 Error: command not processed", leaving);
+}
+
+// A hook has ended, by `thrown` perhaps. Its answer is what it has returned, unless it has deferred it.
+void SMTPChannel::finish(const std::shared_ptr<deferred_reply::owed>& reply, std::optional<std::string> status,
+                         const std::exception_ptr& thrown) {
+    reply->in_hook = false;
+    if (thrown) {
         pause();
-        left_behind_ = std::make_shared<deferred_reply::owed>(this);
-        std::rethrow_exception(leaving);
+        left_behind_ = reply;
+        std::rethrow_exception(thrown);
     }
-    answer("451 Error: command not processed");
+    if (reply->deferred) status = reply->status;
+    if (status || !reply->deferred) reply->settle(status.value_or(std::string()));
 }
 
 // Inside a catch block: logs the exception; ExitNow is returned instead, to be thrown again when all is in order.
@@ -786,7 +801,7 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         kwargs.mail_options = mail_options;
         kwargs.rcpt_options = rcpt_options;
     }
-    kwargs.owed_ = reply;
+    kwargs.owed_ = asked_ = reply;
     std::optional<std::string> status;
     std::exception_ptr leaving;
     pause();   // a pass inside process_message() shall not read on
@@ -798,25 +813,19 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         reply->deferred = false;
         leaving = log_unless_ExitNow("uncaptured C++ exception in process_message of");
     }
+    asked_ = nullptr;
     _set_post_data_state();
     active_ = asyncore::clock::now();
-    reply->in_hook = false;
-    if (reply->deferred) {
-        if (!reply->status) return reply.reset();   // the last of its holders answers, or drops it
-        status = reply->status;
-    }
-    if (leaving) {
-        left_behind_ = reply;
-        std::rethrow_exception(leaving);
-    }
-    reply->settle(status.value_or(std::string()));
+    finish(reply, std::move(status), leaving);
 }
 
 deferred_reply SMTPChannel::owe() {
-    auto owed = std::make_shared<deferred_reply::owed>(this);
-    owed->in_hook = false;
+    const auto reply = asked_ ? asked_ : std::make_shared<deferred_reply::owed>(this);
+    reply->deferred = true;
+    reply->in_hook = asked_ || executing_;
+    if (executing_) asked_ = reply;
     pause();
-    return deferred_reply(std::move(owed));
+    return deferred_reply(reply);
 }
 
 void SMTPChannel::answer_lost() { answer(not_processed); }

@@ -249,6 +249,8 @@ class SMTPChannel : public asynchat::async_chat {
     template <typename Event>
     void gather(Event event);
     void execute(std::string_view line, std::size_t size);
+    void finish(const std::shared_ptr<deferred_reply::owed>& reply, std::optional<std::string> status,
+                const std::exception_ptr& thrown = nullptr);
     std::exception_ptr log_unless_ExitNow(std::string_view what);
     bool refused(const std::string& reply);
     void handle_command(std::string_view line, std::size_t size);
@@ -258,13 +260,15 @@ class SMTPChannel : public asynchat::async_chat {
     void say_goodbye(std::string_view reply);
     void stop_when_idle();
 
-    deferred_reply::owed* owed_ = nullptr;   // the answer that process_message() has deferred
+    deferred_reply::owed* owed_ = nullptr;   // the answer that is still to come
+    std::shared_ptr<deferred_reply::owed> asked_;         // that of the command under way, when it is deferred
     std::shared_ptr<deferred_reply::owed> left_behind_;   // an ExitNow leaves the loop: 451, should it be entered again
     std::size_t declared_size_ = 0;          // SIZE= of this MAIL
     std::size_t data_left_ = 0;              // bytes until data_since_ is set anew
     bool data_starts_ = false;               // the CR LF of the DATA line is still to come: see smtp_DATA
     bool gathering_ = false;                 // an event is under way, and replies wait for its end
-    bool replied_ = false;                   // the command under way has pushed something
+    bool executing_ = false;                 // a command is under way,
+    bool replied_ = false;                   // and it has pushed something
 };
 
 // Listens, and makes a channel for each client. smtpd.py: SMTPServer
