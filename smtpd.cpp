@@ -344,6 +344,8 @@ address_parser::result address_parser::get_addr_spec() {
     const std::size_t size = address.size();
     if (const result failure = get_domain()) return failure;
     const std::string domain = without_space(std::string_view(address).substr(size));
+    // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
+    if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return HeaderParseError;
     address.replace(size, address.npos, domain);
     return ok;
 }
