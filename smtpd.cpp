@@ -111,11 +111,12 @@ std::string without_space(std::string_view text) {
 // The words between blanks and tabs.
 std::vector<std::string> split(std::string_view text) {
     std::vector<std::string> words;
-    for (std::size_t end = 0; end < text.size();) {
-        const std::size_t begin = text.find_first_not_of(" \t", end);
-        if (begin == text.npos) break;
-        end = std::min(text.find_first_of(" \t", begin), text.size());
-        words.emplace_back(text.substr(begin, end - begin));
+    words.reserve((text.size() + 1) / 2);
+    const auto blank = [](char c) { return c == ' ' || c == '\t'; };
+    for (auto end = text.begin(); end != text.end();) {
+        const auto begin = std::find_if_not(end, text.end(), blank);
+        end = std::find_if(begin, text.end(), blank);
+        if (begin != end) words.emplace_back(begin, end);
     }
     return words;
 }
@@ -154,8 +155,12 @@ class address_parser {
     // A backslash is out of place there, and a word like any other.
     bool ends_phrase() const { return text.empty() || next_in(")<>@,:;[]"); }
     void skip() { text.remove_prefix(1); }
+    void take() {
+        address += text[0];
+        skip();
+    }
     void take(std::size_t size) {
-        address += text.substr(0, size);
+        address.append(text, 0, size);
         text.remove_prefix(size);
     }
     void read_again(std::string_view from, std::size_t size) {
@@ -194,7 +199,7 @@ void address_parser::get_ptext(std::string_view ends) {
             return;
         } else {
             escape = false;
-            take(1);
+            take();
         }
     }
 }
@@ -247,11 +252,9 @@ bool address_parser::get_atom() {
 
 bool address_parser::get_dot_atom() {
     get_cfws();
-    if (!get_atext()) return false;
-    while (next_is('.')) {
-        take(1);
-        if (!get_atext()) return false;
-    }
+    const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
+    if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos) return false;
+    take(found.size());
     get_cfws();
     return true;
 }
@@ -289,7 +292,7 @@ void address_parser::get_obs_local_part() {
         const char next = next_in(".\\") ? text[0] : 'a';
         if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
         if (next != 'a')
-            take(1);
+            take();
         else if (next_is('"'))
             get_bare_quoted_string();
         else
@@ -299,13 +302,13 @@ void address_parser::get_obs_local_part() {
 }
 
 address_parser::result address_parser::get_domain_literal() {
-    take(1);   // the bracket
+    take();   // the bracket
     if (next_in(WSP)) get_fws();
     get_ptext("[]");
     if (next_in(WSP)) get_fws();
     if (text.empty()) return IndexError;   // not closed
     if (text[0] != ']') return HeaderParseError;
-    take(1);
+    take();
     get_cfws();
     return ok;
 }
@@ -323,7 +326,7 @@ address_parser::result address_parser::get_domain() {
     }
     if (next_is('@')) return HeaderParseError;
     while (next_is('.')) {
-        take(1);
+        take();
         if (!get_atom()) return HeaderParseError;
     }
     return ok;
@@ -340,7 +343,7 @@ address_parser::result address_parser::get_addr_spec() {
         address = quoted + '"';
     }
     if (!next_is('@')) return ok;
-    take(1);
+    take();
     const std::size_t size = address.size();
     if (const result failure = get_domain()) return failure;
     const std::string domain = without_space(std::string_view(address).substr(size));
@@ -802,15 +805,12 @@ std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector
     const auto is_alnum = [](char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z'); };
     parameters result;
     for (const std::string_view param : params) {
-        const std::size_t eq = param.find('=');
-        const std::string_view name = param.substr(0, eq);
-        if (name.empty() || !std::all_of(name.begin(), name.end(), is_alnum) || !is_ascii(param)) return std::nullopt;
-        if (eq == param.npos)
-            result[name] = std::nullopt;
-        else if (eq + 1 == param.size())
-            return std::nullopt;
-        else
-            result[name] = param.substr(eq + 1);
+        const auto eq = std::find_if_not(param.begin(), param.end(), is_alnum);
+        const auto name = param.substr(0, static_cast<std::size_t>(eq - param.begin()));
+        std::optional<std::string_view> value;
+        if (eq != param.end()) value = param.substr(name.size() + 1);
+        if (name.empty() || (value && (*eq != '=' || value->empty() || !is_ascii(*value)))) return std::nullopt;
+        result.emplace(name, value).first->second = value;   // the last one counts
     }
     return result;
 }
