@@ -132,12 +132,13 @@ std::string list_repr(const std::vector<std::string>& list) {
 // Addresses: Python's email._header_value_parser, as far as MAIL, RCPT and VRFY need it
 // ---------------------------------------------------------------------------------------------------------
 
-// Reads an address from the front of `text` and appends what counts of it to `address`. RFC 2047 words are text like
-// any other; Python decodes them, and what they hide gets into the envelope.
+// Reads an address from the front of `text`, and appends what is to be kept of it to `address`. RFC 2047 words are text
+// like any other; Python decodes them, and what they hide gets into the envelope.
 class address_parser {
   public:
-    // Python's parser fails by two exceptions: after the first it tries another reading, after the second it does not.
-    // Where only the first may come, a function tells it by false.
+    // Python raises one of two exceptions: after a HeaderParseError it tries another reading, after an IndexError none.
+    // A function that returns a bool can only meet the first, and then it has taken nothing but comments and white
+    // space.
     enum result { ok, HeaderParseError, IndexError };
 
     explicit address_parser(std::string_view input) : text(input) {}
@@ -152,8 +153,7 @@ class address_parser {
     static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
     bool next_is(char c) const { return !text.empty() && text[0] == c; }
     bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
-    // A backslash is out of place there, and a word like any other.
-    bool ends_phrase() const { return text.empty() || next_in(")<>@,:;[]"); }
+    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
     void skip() { text.remove_prefix(1); }
     void take() {
         address += text[0];
@@ -163,11 +163,8 @@ class address_parser {
         address.append(text, 0, size);
         text.remove_prefix(size);
     }
-    void read_again(std::string_view from, std::size_t size) {
-        text = from;
-        address.resize(size);
-    }
 
+    void get_ptext(std::string_view ends);
     void get_fws() { text = lstrip(text); }
     bool get_atext();
     void get_bare_quoted_string();
@@ -178,7 +175,6 @@ class address_parser {
     bool get_word();
     result get_local_part();
     void get_obs_local_part();
-    void get_ptext(std::string_view ends);
     result get_domain_literal();
     result get_domain();
     result get_obs_route();
@@ -187,20 +183,15 @@ class address_parser {
     static constexpr std::string_view CFWS_LEADER = " \t(";
     static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
     static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
+    static constexpr std::string_view PHRASE_ENDS = ")<>@,:;[]";   // Python's has a backslash, and excepts it each time
 };
 
 // Text with its quoted pairs resolved, up to white space or one of `ends`.
 void address_parser::get_ptext(std::string_view ends) {
-    for (bool escape = false; !text.empty() && !in(text[0], WSP);) {
-        if (text[0] == '\\' && !escape) {
-            escape = true;
-            skip();
-        } else if (!escape && in(text[0], ends)) {
-            return;
-        } else {
-            escape = false;
-            take();
-        }
+    for (bool escape = false; !text.empty() && !in(text[0], WSP); skip()) {
+        if (!escape && in(text[0], ends)) return;
+        escape = text[0] == '\\' && !escape;
+        if (!escape) address += text[0];
     }
 }
 
@@ -233,14 +224,14 @@ void address_parser::get_comment() {
 
 // Comments and folding white space; whether there was any.
 bool address_parser::get_cfws() {
-    if (!next_in(CFWS_LEADER)) return false;
+    const std::size_t before = text.size();
     while (next_in(CFWS_LEADER)) {
         if (text[0] == '(')
             get_comment();
         else
             get_fws();
     }
-    return true;
+    return text.size() != before;
 }
 
 bool address_parser::get_atom() {
@@ -272,24 +263,24 @@ address_parser::result address_parser::get_local_part() {
     if (text.empty()) return IndexError;
     get_cfws();
     if (text.empty()) return HeaderParseError;
-    const std::string_view after_cfws = text;
     if (!get_dot_atom()) {
-        read_again(after_cfws, 0);
         if (text == "\"") return IndexError;   // Python looks at the first item of nothing
         if (!get_word() && ends_phrase()) return HeaderParseError;
     }
     if (ends_phrase()) return ok;
-    read_again(start, 0);   // what follows is neither: it is read once more, by the obsolete grammar
+    text = start;   // what follows is neither: read it all once more, by the obsolete grammar
+    address.clear();
     get_obs_local_part();
     return ok;
 }
 
-// Words, with or without dots between them. White space counts as one space, none next to a dot.
+// Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between two
+// backslashes that are out of place.
 void address_parser::get_obs_local_part() {
     for (char before = '.';;) {
         const bool space = get_cfws();
         if (ends_phrase()) return;
-        const char next = next_in(".\\") ? text[0] : 'a';
+        const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
         if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
         if (next != 'a')
             take();
@@ -318,12 +309,7 @@ address_parser::result address_parser::get_domain() {
     get_cfws();
     if (text.empty()) return HeaderParseError;
     if (text[0] == '[') return get_domain_literal();
-    const std::string_view start = text;
-    const std::size_t size = address.size();
-    if (!get_dot_atom()) {
-        read_again(start, size);
-        if (!get_atom()) return HeaderParseError;
-    }
+    if (!get_dot_atom() && !get_atom()) return HeaderParseError;
     if (next_is('@')) return HeaderParseError;
     while (next_is('.')) {
         take();
@@ -386,9 +372,9 @@ address_parser::result address_parser::get_angle_addr() {
     const std::string_view start = text;
     result failure = get_addr_spec();
     if (failure == HeaderParseError) {
-        read_again(start, 0);
+        text = start;
         failure = get_obs_route();
-        address.clear();   // the route is dropped
+        address.clear();   // of the first reading, and of the route
         if (!failure) failure = get_addr_spec();
     }
     if (failure) return failure;
