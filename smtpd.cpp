@@ -790,13 +790,14 @@ std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(st
 std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector<std::string>& params) {
     const auto is_alnum = [](char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z'); };
     parameters result;
+    result.reserve(params.size());
     for (const std::string_view param : params) {
         const auto eq = std::find_if_not(param.begin(), param.end(), is_alnum);
         const auto name = param.substr(0, static_cast<std::size_t>(eq - param.begin()));
         std::optional<std::string_view> value;
         if (eq != param.end()) value = param.substr(name.size() + 1);
         if (name.empty() || (value && (*eq != '=' || value->empty() || !is_ascii(*value)))) return std::nullopt;
-        result.emplace(name, value).first->second = value;   // the last one counts
+        result.emplace_back(name, value);
     }
     return result;
 }
@@ -845,22 +846,29 @@ void SMTPChannel::smtp_MAIL(argument arg) {
     const std::vector<std::string> words = split(upper(parsed->second));
     auto params = _getparams(words);
     if (!params) return push(syntaxerr);
-    const auto pop = [&params](std::string_view name) { return params->extract(name); };
+    const auto pop = [&params](std::string_view name) {
+        std::optional<std::optional<std::string_view>> value;   // none at all: not given
+        for (const auto& it : *params)
+            if (it.first == name) value = it.second;
+        const auto same = [name](const auto& it) { return it.first == name; };
+        params->erase(std::remove_if(params->begin(), params->end(), same), params->end());
+        return value;
+    };
     if (!_decode_data) {
         if (const auto body = pop("BODY"))
-            if (body.mapped() != "7BIT" && body.mapped() != "8BITMIME")
+            if (*body != "7BIT" && *body != "8BITMIME")
                 return push("501 Error: BODY can only be one of 7BIT, 8BITMIME");
     }
     bool utf8 = false;
     if (enable_SMTPUTF8) {
         if (const auto smtputf8 = pop("SMTPUTF8")) {
-            if (smtputf8.mapped()) return push("501 Error: SMTPUTF8 takes no arguments");
+            if (*smtputf8) return push("501 Error: SMTPUTF8 takes no arguments");
             utf8 = true;
         }
     }
     std::size_t declared = 0;
     if (const auto size = pop("SIZE")) {
-        const std::string_view digits = size.mapped().value_or("");
+        const std::string_view digits = size->value_or("");
         if (digits.empty() || digits.find_first_not_of("0123456789") != digits.npos) return push(syntaxerr);
         for (const char digit : digits)   // as far as the number fits
             declared = declared > SIZE_MAX / 10 - 1 ? SIZE_MAX : declared * 10 + static_cast<std::size_t>(digit - '0');

@@ -75,7 +75,7 @@ void check_address(std::string_view arg) {
 
 void check_parameters(const std::vector<std::string>& words) {
     const auto found = parser::_getparams(words);
-    std::vector<std::pair<std::string_view, std::optional<std::string_view>>> expected;
+    parser::parameters expected;
     bool valid = true;
     for (const std::string_view word : words) {
         const std::size_t eq = word.find('=');
@@ -87,20 +87,16 @@ void check_parameters(const std::vector<std::string>& words) {
     }
     FUZZ_CHECK(valid == found.has_value(), words.back());
     if (!found) return;
-    for (std::size_t i = 0; i < expected.size(); ++i) {
-        const auto same = [&](const auto& it) { return it.first == expected[i].first; };
-        const auto last = std::find_if(expected.rbegin(), expected.rend(), same);
-        const auto it = found->find(expected[i].first);
-        FUZZ_CHECK(it != found->end() && it->second == last->second, show(expected[i].first));
+    FUZZ_CHECK(*found == expected, words.back());
+    for (const auto& [name, value] : *found) {
         const auto lies_in = [](std::string_view part) {
             return [part](const std::string& word) {
                 return part.data() >= word.data() && part.data() + part.size() <= word.data() + word.size();
             };
         };
-        FUZZ_CHECK(std::any_of(words.begin(), words.end(), lies_in(it->first)), show(it->first));
-        if (it->second) FUZZ_CHECK(std::any_of(words.begin(), words.end(), lies_in(*it->second)), show(*it->second));
+        FUZZ_CHECK(std::any_of(words.begin(), words.end(), lies_in(name)), show(name));
+        if (value) FUZZ_CHECK(std::any_of(words.begin(), words.end(), lies_in(*value)), show(*value));
     }
-    FUZZ_CHECK(found->size() <= expected.size(), std::to_string(found->size()));
 }
 
 void check_keyword(std::string_view keyword, std::string_view arg) {
