@@ -73,18 +73,17 @@ bool is_utf8(std::string_view text) {
     return true;
 }
 
-// The length of the white space character, as Python's str has it, that the text begins with; or 0.
+// The length of the white space that the text begins with; or 0. Python: str.isspace()
 std::size_t space_length(std::string_view text) {
-    if (text.empty()) return 0;
-    const char c = text[0];
-    if (c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f)) return 1;
-    static constexpr std::string_view wide[] = {"\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003",
-                                                "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
-                                                "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
-    if (static_cast<unsigned char>(c) < 0x80) return 0;
-    for (const auto& space : wide)
-        if (text.substr(0, space.size()) == space) return space.size();
-    return 0;
+    const std::size_t length = utf8_length(text);
+    if (length == 0) return 0;
+    unsigned c = static_cast<unsigned char>(text[0]);
+    if (length > 1) c &= 0x7fu >> length;
+    for (const char byte : text.substr(1, length - 1)) c = c << 6 | (static_cast<unsigned char>(byte) & 0x3f);
+    const bool space = c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f) || c == 0x85 || c == 0xa0 ||
+                       c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+                       c == 0x205f || c == 0x3000;
+    return space ? length : 0;
 }
 
 std::string_view lstrip(std::string_view text) {
@@ -95,13 +94,11 @@ std::string_view lstrip(std::string_view text) {
 // Without white space at both ends. Python: str.strip()
 std::string_view strip(std::string_view text) {
     text = lstrip(text);
-    for (bool found = true; found;) {
-        found = false;
-        for (std::size_t length = 1; length <= 3 && length <= text.size() && !found; ++length)
-            if (space_length(text.substr(text.size() - length)) == length) {
-                text.remove_suffix(length);
-                found = true;
-            }
+    while (!text.empty()) {
+        std::size_t last = text.size() - 1;   // where the last character begins
+        while (last > 0 && (text[last] & 0xc0) == 0x80) --last;
+        if (last + space_length(text.substr(last)) != text.size()) break;
+        text = text.substr(0, last);
     }
     return text;
 }
@@ -119,11 +116,12 @@ std::string without_space(std::string_view text) {
 // The words between blanks and tabs.
 std::vector<std::string> split(std::string_view text) {
     std::vector<std::string> words;
-    for (std::size_t end = 0; end < text.size();) {
-        const std::size_t begin = text.find_first_not_of(" \t", end);
-        if (begin == text.npos) break;
-        end = std::min(text.find_first_of(" \t", begin), text.size());
-        words.emplace_back(text.substr(begin, end - begin));
+    words.reserve((text.size() + 1) / 2);
+    const auto blank = [](char c) { return c == ' ' || c == '\t'; };
+    for (auto end = text.begin(); end != text.end();) {
+        const auto begin = std::find_if_not(end, text.end(), blank);
+        end = std::find_if(begin, text.end(), blank);
+        if (begin != end) words.emplace_back(begin, end);
     }
     return words;
 }
@@ -139,86 +137,84 @@ std::string list_repr(const std::vector<std::string>& list) {
 // Addresses: Python's email._header_value_parser, as far as MAIL, RCPT and VRFY need it
 // ---------------------------------------------------------------------------------------------------------
 
-// Reads an address from the front of `text`. RFC 2047 words are text like any other; Python decodes them, and
-// what they hide gets into the envelope.
+// Reads an address from the front of `text`, and appends what is to be kept of it to `address`. RFC 2047 words are text
+// like any other; Python decodes them, and what they hide gets into the envelope.
 class address_parser {
   public:
-    // The two failures of Python's parser: the first lets it try another reading, the second does not.
-    struct HeaderParseError {};
-    struct IndexError {};
+    // Python raises one of two exceptions: after a HeaderParseError it tries another reading, after an IndexError none.
+    // A function that returns a bool can only meet the first, and then it has taken nothing but comments and white
+    // space.
+    enum result { ok, HeaderParseError, IndexError };
 
     explicit address_parser(std::string_view input) : text(input) {}
 
-    std::string get_angle_addr();
-    std::string get_addr_spec();
+    result get_addr_spec();
+    result get_angle_addr();
 
     std::string_view text;   // what has not been read yet
+    std::string address;
 
   private:
-    struct token {
-        enum kind { word, dot, cfws } is = word;
-        std::string value{};
-        bool leading_space = false, trailing_space = false;
-    };
-
     static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
     bool next_is(char c) const { return !text.empty() && text[0] == c; }
     bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
+    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
     void skip() { text.remove_prefix(1); }
+    void take() {
+        address += text[0];
+        skip();
+    }
+    void take(std::size_t size) {
+        address.append(text, 0, size);
+        text.remove_prefix(size);
+    }
 
+    void get_ptext(std::string_view ends);
     void get_fws() { text = lstrip(text); }
-    std::string get_ptext(std::string_view ends);
-    std::string get_bare_quoted_string();
+    bool get_atext();
+    void get_bare_quoted_string();
     void get_comment();
     bool get_cfws();
-    std::string get_atext();
-    std::string get_dot_atom();
-    std::string get_atom();
-    token get_word();
-    std::string get_local_part();
-    std::string get_obs_local_part();
-    std::string get_domain_literal();
-    std::string get_domain();
-    void get_obs_route();
+    bool get_atom();
+    bool get_dot_atom();
+    bool get_word();
+    result get_local_part();
+    void get_obs_local_part();
+    result get_domain_literal();
+    result get_domain();
+    result get_obs_route();
 
     static constexpr std::string_view WSP = " \t";
     static constexpr std::string_view CFWS_LEADER = " \t(";
-    static constexpr std::string_view SPECIALS = "()<>@,:;.\\\"[]";
     static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
     static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
-    static constexpr std::string_view PHRASE_ENDS = ")<>@,:;\\[]";
+    static constexpr std::string_view PHRASE_ENDS = ")<>@,:;[]";   // Python's has a backslash, and excepts it each time
 };
 
 // Text with its quoted pairs resolved, up to white space or one of `ends`.
-std::string address_parser::get_ptext(std::string_view ends) {
-    std::string result;
-    bool escape = false;
-    for (; !text.empty() && !in(text[0], WSP); skip()) {
-        if (text[0] == '\\' && !escape) {
-            escape = true;
-            continue;
-        }
-        if (!escape && in(text[0], ends)) break;
-        escape = false;
-        result += text[0];
+void address_parser::get_ptext(std::string_view ends) {
+    for (bool escape = false; !text.empty() && !in(text[0], WSP); skip()) {
+        if (!escape && in(text[0], ends)) return;
+        escape = text[0] == '\\' && !escape;
+        if (!escape) address += text[0];
     }
-    return result;
 }
 
-std::string address_parser::get_bare_quoted_string() {
+bool address_parser::get_atext() {
+    const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
+    take(size);
+    return size > 0;
+}
+
+void address_parser::get_bare_quoted_string() {
     skip();   // the quote
-    std::string result;
     while (!text.empty() && text[0] != '"') {
-        if (in(text[0], WSP)) {
-            const auto before = text;
-            get_fws();
-            result += before.substr(0, before.size() - text.size());
-        } else {
-            result += get_ptext("\"");
-        }
+        if (in(text[0], WSP))
+            take(text.size() - lstrip(text).size());
+        else
+            get_ptext("\"");
     }
     if (!text.empty()) skip();
-    return result;
 }
 
 void address_parser::get_comment() {
@@ -233,206 +229,164 @@ void address_parser::get_comment() {
 
 // Comments and folding white space; whether there was any.
 bool address_parser::get_cfws() {
-    if (!next_in(CFWS_LEADER)) return false;
+    const std::size_t before = text.size();
     while (next_in(CFWS_LEADER)) {
         if (text[0] == '(')
             get_comment();
         else
             get_fws();
     }
+    return text.size() != before;
+}
+
+bool address_parser::get_atom() {
+    get_cfws();
+    if (!get_atext()) return false;
+    get_cfws();
     return true;
 }
 
-std::string address_parser::get_atext() {
-    const auto atext = text.substr(0, text.find_first_of(ATOM_ENDS));
-    if (atext.empty()) throw HeaderParseError();
-    text.remove_prefix(atext.size());
-    return std::string(atext);
+bool address_parser::get_dot_atom() {
+    get_cfws();
+    const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
+    if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos) return false;
+    take(found.size());
+    get_cfws();
+    return true;
 }
 
-std::string address_parser::get_dot_atom() {
+bool address_parser::get_word() {
     get_cfws();
-    std::string result = get_atext();
-    while (next_is('.')) {
-        skip();
-        result += '.';
-        if (text.empty() || in(text[0], ATOM_ENDS)) throw HeaderParseError();
-        result += get_atext();
+    if (!next_is('"')) return get_atom();
+    get_bare_quoted_string();
+    get_cfws();
+    return true;
+}
+
+address_parser::result address_parser::get_local_part() {
+    const std::string_view start = text;
+    if (text.empty()) return IndexError;
+    get_cfws();
+    if (text.empty()) return HeaderParseError;
+    if (!get_dot_atom()) {
+        if (text == "\"") return IndexError;   // Python looks at the first item of nothing
+        if (!get_word() && ends_phrase()) return HeaderParseError;
     }
-    get_cfws();
-    return result;
-}
-
-std::string address_parser::get_atom() {
-    get_cfws();
-    std::string result = get_atext();
-    get_cfws();
-    return result;
-}
-
-address_parser::token address_parser::get_word() {
-    token result;
-    result.leading_space = get_cfws();
-    if (text.empty()) throw HeaderParseError();
-    if (text[0] == '"')
-        result.value = get_bare_quoted_string();
-    else if (in(text[0], SPECIALS))
-        throw HeaderParseError();
-    else
-        result.value = get_atext();
-    result.trailing_space = get_cfws();
-    return result;
-}
-
-std::string address_parser::get_local_part() {
-    const auto start = text;
-    if (text.empty()) throw IndexError();
-    get_cfws();
-    if (text.empty()) throw HeaderParseError();
-    const auto after_cfws = text;
-    std::string result;
-    try {
-        result = get_dot_atom();
-    } catch (const HeaderParseError&) {
-        text = after_cfws;
-        try {
-            result = get_word().value;
-            if (after_cfws == "\"") throw IndexError();   // Python looks at the first item of nothing
-        } catch (const HeaderParseError&) {
-            text = after_cfws;
-            if (text[0] != '\\' && in(text[0], PHRASE_ENDS)) throw;
-        }
-    }
-    if (text.empty() || (text[0] != '\\' && in(text[0], PHRASE_ENDS))) return result;
+    if (ends_phrase()) return ok;
     text = start;   // what follows is neither: read it all once more, by the obsolete grammar
-    return get_obs_local_part();
+    address.clear();
+    get_obs_local_part();
+    return ok;
 }
 
-// Words, with or without dots between them. White space counts as one space, none next to a dot.
-std::string address_parser::get_obs_local_part() {
-    std::vector<token> tokens;
-    while (!text.empty() && (text[0] == '\\' || !in(text[0], PHRASE_ENDS))) {
-        if (text[0] == '.' || text[0] == '\\') {
-            tokens.push_back({text[0] == '.' ? token::dot : token::word, std::string(1, text[0])});
-            skip();
-            continue;
-        }
-        const auto before = text;
-        try {
-            tokens.push_back(get_word());
-        } catch (const HeaderParseError&) {
-            text = before;
-            if (!in(text[0], CFWS_LEADER)) throw;
-            get_cfws();
-            tokens.push_back({token::cfws});
-        }
+// Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between two
+// backslashes that are out of place.
+void address_parser::get_obs_local_part() {
+    for (char before = '.';;) {
+        const bool space = get_cfws();
+        if (ends_phrase()) return;
+        const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
+        if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
+        if (next != 'a')
+            take();
+        else if (next_is('"'))
+            get_bare_quoted_string();
+        else
+            get_atext();
+        before = next;
     }
-    if (tokens.empty() || (tokens.size() == 1 && tokens[0].is == token::cfws)) throw IndexError();
-    std::string result;
-    bool after_dot = true, space = false;   // space: the word before ended in white space
-    for (const auto& it : tokens) {
-        if (it.is == token::cfws) continue;
-        if (space && it.is != token::dot) result += ' ';
-        if (it.leading_space && !after_dot) result += ' ';
-        result += it.value;
-        space = it.trailing_space;
-        after_dot = it.is == token::dot;
-    }
-    return result;
 }
 
-std::string address_parser::get_domain_literal() {
-    skip();   // the bracket
+address_parser::result address_parser::get_domain_literal() {
+    take();   // the bracket
     if (next_in(WSP)) get_fws();
-    const std::string result = get_ptext("[]");
+    get_ptext("[]");
     if (next_in(WSP)) get_fws();
-    if (text.empty()) throw IndexError();   // not closed
-    if (text[0] != ']') throw HeaderParseError();
-    skip();
+    if (text.empty()) return IndexError;   // not closed
+    if (text[0] != ']') return HeaderParseError;
+    take();
     get_cfws();
-    return "[" + without_space(result) + "]";
+    return ok;
 }
 
-std::string address_parser::get_domain() {
-    if (text.empty()) throw IndexError();
+address_parser::result address_parser::get_domain() {
+    if (text.empty()) return IndexError;
     get_cfws();
-    if (text.empty()) throw HeaderParseError();
+    if (text.empty()) return HeaderParseError;
     if (text[0] == '[') return get_domain_literal();
-    const auto before = text;
-    std::string result;
-    try {
-        result = get_dot_atom();
-    } catch (const HeaderParseError&) {
-        text = before;
-        result = get_atom();
-    }
-    if (next_is('@')) throw HeaderParseError();
+    if (!get_dot_atom() && !get_atom()) return HeaderParseError;
+    if (next_is('@')) return HeaderParseError;
     while (next_is('.')) {
-        skip();
-        result += '.';
-        result += get_atom();
+        take();
+        if (!get_atom()) return HeaderParseError;
     }
-    return without_space(result);
+    return ok;
 }
 
-std::string address_parser::get_addr_spec() {
-    const std::string local = get_local_part();
-    std::string result = local;
-    if (local.find_first_of(DOT_ATOM_ENDS) != local.npos) {
-        result = '"';
-        for (const char c : local) {
-            if (c == '"' || c == '\\') result += '\\';
-            result += c;
+address_parser::result address_parser::get_addr_spec() {
+    if (const result failure = get_local_part()) return failure;
+    if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
+        std::string quoted = "\"";
+        for (const char c : address) {
+            if (c == '"' || c == '\\') quoted += '\\';
+            quoted += c;
         }
-        result += '"';
+        address = quoted + '"';
     }
-    if (!next_is('@')) return result;
-    skip();
-    result += '@';
-    return result += get_domain();
+    if (!next_is('@')) return ok;
+    take();
+    const std::size_t size = address.size();
+    if (const result failure = get_domain()) return failure;
+    const std::string domain = without_space(std::string_view(address).substr(size));
+    // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
+    if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return HeaderParseError;
+    address.replace(size, address.npos, domain);
+    return ok;
 }
 
-void address_parser::get_obs_route() {
+address_parser::result address_parser::get_obs_route() {
     while (next_is(',') || next_in(CFWS_LEADER))
         if (!get_cfws()) skip();
-    if (!next_is('@')) throw HeaderParseError();
+    if (!next_is('@')) return HeaderParseError;
     skip();
-    get_domain();
+    if (const result failure = get_domain()) return failure;
     while (next_is(',')) {
         skip();
         if (text.empty()) break;
         get_cfws();
-        if (text.empty()) throw IndexError();
+        if (text.empty()) return IndexError;
         if (text[0] != '@') continue;
         skip();
-        get_domain();
+        if (const result failure = get_domain()) return failure;
     }
-    if (!next_is(':')) throw HeaderParseError();
+    if (!next_is(':')) return HeaderParseError;
     skip();
+    return ok;
 }
 
-std::string address_parser::get_angle_addr() {
+address_parser::result address_parser::get_angle_addr() {
     get_cfws();
-    if (!next_is('<')) throw HeaderParseError();
+    if (!next_is('<')) return HeaderParseError;
     skip();
-    if (text.empty()) throw IndexError();
+    if (text.empty()) return IndexError;
     if (text[0] == '>') {
         skip();
-        return "<>";
+        address = "<>";
+        return ok;
     }
-    const auto before = text;
-    std::string result;
-    try {
-        result = get_addr_spec();
-    } catch (const HeaderParseError&) {
-        text = before;
-        get_obs_route();
-        result = get_addr_spec();
+    const std::string_view start = text;
+    result failure = get_addr_spec();
+    if (failure == HeaderParseError) {
+        text = start;
+        failure = get_obs_route();
+        address.clear();   // of the first reading, and of the route
+        if (!failure) failure = get_addr_spec();
     }
-    if (result.empty() || result[0] == '@') result.insert(0, "\"\"");
+    if (failure) return failure;
+    if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
     if (next_is('>')) skip();
     get_cfws();
-    return result;
+    return ok;
 }
 
 // Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
@@ -961,29 +915,23 @@ std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(st
     // Python accepts control characters, and closes the connection when it can't read the address.
     if (std::any_of(arg.begin(), arg.end(), [](char c) { return is_control(c) && c != '\t'; })) return std::nullopt;
     address_parser parser(arg);
-    try {
-        const bool angle = lstrip(arg).substr(0, 1) == "<";
-        std::string found = angle ? parser.get_angle_addr() : parser.get_addr_spec();
-        if (found.find('\t') != found.npos) return std::nullopt;
-        return std::pair(std::move(found), parser.text);
-    } catch (const address_parser::HeaderParseError&) {
-    } catch (const address_parser::IndexError&) {}
-    return std::nullopt;
+    const bool angle = lstrip(arg).substr(0, 1) == "<";
+    if (angle ? parser.get_angle_addr() : parser.get_addr_spec()) return std::nullopt;
+    if (parser.address.find('\t') != parser.address.npos) return std::nullopt;
+    return std::pair(std::move(parser.address), parser.text);
 }
 
 std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector<std::string>& params) {
     const auto is_alnum = [](char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z'); };
     parameters result;
+    result.reserve(params.size());
     for (const std::string_view param : params) {
-        const std::size_t eq = param.find('=');
-        const std::string_view name = param.substr(0, eq);
-        if (name.empty() || !std::all_of(name.begin(), name.end(), is_alnum) || !is_ascii(param)) return std::nullopt;
-        if (eq == param.npos)
-            result[name] = std::nullopt;
-        else if (eq + 1 == param.size())
-            return std::nullopt;
-        else
-            result[name] = param.substr(eq + 1);
+        const auto eq = std::find_if_not(param.begin(), param.end(), is_alnum);
+        const auto name = param.substr(0, static_cast<std::size_t>(eq - param.begin()));
+        std::optional<std::string_view> value;
+        if (eq != param.end()) value = param.substr(name.size() + 1);
+        if (name.empty() || (value && (*eq != '=' || value->empty() || !is_ascii(*value)))) return std::nullopt;
+        result.emplace_back(name, value);
     }
     return result;
 }
@@ -1032,22 +980,29 @@ void SMTPChannel::smtp_MAIL(argument arg) {
     const std::vector<std::string> words = split(upper(parsed->second));
     auto params = _getparams(words);
     if (!params) return push(syntaxerr);
-    const auto pop = [&params](std::string_view name) { return params->extract(name); };
+    const auto pop = [&params](std::string_view name) {
+        std::optional<std::optional<std::string_view>> value;   // none at all: not given
+        for (const auto& it : *params)
+            if (it.first == name) value = it.second;
+        const auto same = [name](const auto& it) { return it.first == name; };
+        params->erase(std::remove_if(params->begin(), params->end(), same), params->end());
+        return value;
+    };
     if (!_decode_data) {
         if (const auto body = pop("BODY"))
-            if (body.mapped() != "7BIT" && body.mapped() != "8BITMIME")
+            if (*body != "7BIT" && *body != "8BITMIME")
                 return push("501 Error: BODY can only be one of 7BIT, 8BITMIME");
     }
     bool utf8 = false;
     if (enable_SMTPUTF8) {
         if (const auto smtputf8 = pop("SMTPUTF8")) {
-            if (smtputf8.mapped()) return push("501 Error: SMTPUTF8 takes no arguments");
+            if (*smtputf8) return push("501 Error: SMTPUTF8 takes no arguments");
             utf8 = true;
         }
     }
     std::size_t declared = 0;
     if (const auto size = pop("SIZE")) {
-        const std::string_view digits = size.mapped().value_or("");
+        const std::string_view digits = size->value_or("");
         if (digits.empty() || digits.find_first_not_of("0123456789") != digits.npos) return push(syntaxerr);
         for (const char digit : digits)   // as far as the number fits
             declared = declared > SIZE_MAX / 10 - 1 ? SIZE_MAX : declared * 10 + static_cast<std::size_t>(digit - '0');

@@ -209,13 +209,14 @@ class SMTPChannel : public asynchat::async_chat {
     void handle_timeout() override;
 
   protected:
-    using parameters = std::map<std::string_view, std::optional<std::string_view>>;   // no value: True in Python
+    // Name and value (none: True in Python), as they were given; where a name comes twice, the last one counts.
+    using parameters = std::vector<std::pair<std::string_view, std::optional<std::string_view>>>;
 
     // What is left of `arg` after the keyword, stripped; "" without it. smtpd.py: SMTPChannel._strip_command_keyword
     static std::string_view _strip_command_keyword(std::string_view keyword, std::string_view arg);
     // The address and what follows it; nothing when it is malformed. smtpd.py: SMTPChannel._getaddr
     static std::optional<std::pair<std::string, std::string_view>> _getaddr(std::string_view arg);
-    // The parameters by name; nothing when one is malformed. smtpd.py: SMTPChannel._getparams
+    // The parameters; nothing when one is malformed. smtpd.py: SMTPChannel._getparams
     static std::optional<parameters> _getparams(const std::vector<std::string>& params);
     // smtpd.py: SMTPChannel._set_post_data_state
     void _set_post_data_state();

@@ -98,6 +98,31 @@ TEST(deviations, command_bytes) {
     it.client.end();
 }
 
+// Deviation 47
+TEST(deviations, what_would_end_a_domain_literal) {
+    session it;
+    it.line("EHLO a", EHLO);
+    for (const std::string literal : {"\\>", "\\<", "\\[", "\\]", "\\\\", "x>y", "<", "\\]\\>", " \\[ ", "1\\]2"}) {
+        for (const std::string local : {"a", "\"a b\"", "(c) a . b", "\"@[\""}) {
+            it.line("MAIL FROM:<" + local + "@[" + literal + "]>", MAIL_SYNTAX);
+            it.line("MAIL FROM:" + local + "@[" + literal + "]", MAIL_SYNTAX);
+            it.line("VRFY " + local + "@(c)[" + literal + "]", "501 Syntax: VRFY <address>");
+        }
+        it.line("MAIL FROM:<@r:a@[" + literal + "]>", MAIL_SYNTAX);
+    }
+    // A route is not sent on, and what is quoted in a local part stays so.
+    for (const auto& [address, is] : {std::pair<std::string, std::string>("@[\\>]:a@[1.2]", "a@[1.2]"),
+                                      {"a@[\\I\\Pv6:::1]", "a@[IPv6:::1]"},
+                                      {"a@[]", "a@[]"},
+                                      {"\"@[\\\\]\"@b", "\"@[\\\\]\"@b"},
+                                      {"\"<@[x]>\"@[y]", "\"<@[x]>\"@[y]"}}) {
+        it.line("MAIL FROM:<" + address + ">", "250 OK");
+        CHECK_EQ(it.channel().mailfrom, is);
+        it.line("RSET", "250 OK");
+    }
+    it.client.end();
+}
+
 // Deviation 3
 TEST(deviations, encoded_words) {
     session it;

@@ -18,6 +18,8 @@ import smtpd
 
 FILE = record.HERE / 'addresses.txt'
 REFUSED = '501'
+# local-part "@" domain-literal, with any of <>[]\ between the literal's brackets
+LITERAL_WITH_SPECIALS = re.compile(r'("(\\.|[^"\\])*"|[^"@]*)@\[.*[][<>\\].*\]', re.S)
 
 
 def python_answer(arg):
@@ -45,6 +47,8 @@ def our_answer(arg, python):
     failed = isinstance(plain, str)
     if re.search('[\x00-\x08\x0a-\x1f\x7f]', arg) or (not failed and '\t' in plain[0]):
         return 'control-characters', REFUSED
+    if not failed and LITERAL_WITH_SPECIALS.fullmatch(plain[0]):
+        return 'domain-literals', REFUSED
     if plain != python:
         return 'encoded-words', REFUSED if failed else plain
     return ('malformed-address', REFUSED) if failed else ('', plain)

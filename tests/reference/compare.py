@@ -86,6 +86,7 @@ ROWS = {
     'options-and-utf8-status': 'mail_options, rcpt_options after a refusal; UTF-8 status text',
     'split-utf8': 'decode_data and UTF-8 split between packets, or invalid',
     'recipient-cap': 'no recipient cap',
+    'domain-literals': 'specials in a domain literal',
 }
 
 # Every reply text of smtpd.SMTPChannel, as the source has it, then what the rows add.
@@ -341,6 +342,9 @@ class Decided(smtpd.SMTPChannel):
             smtpd.get_addr_spec, smtpd.get_angle_addr = CPYTHON_PARSER
         if '\t' in str(address):
             raise Refused('control-characters')
+        literal = re.fullmatch(r'(?:"(?:[^"\\]|\\.)*"|[^"@]*)@\[(.*)\]', str(address), re.S)
+        if literal and set(literal[1]) & set('<>[]\\'):
+            raise Refused('domain-literals')
         return address, Ascii(rest)
 
     def parsed(self, arg, parser):
@@ -596,7 +600,7 @@ TOURS = [
     ('smtputf8', 1000, [None],
      ['EHLO', 'EHLO a', 'EHLO a', 'HELP MAIL', 'HELP RCPT', 'MAIL', 'MAIL FROM:<a@b> BODY=8',
       'MAIL FROM:<a@b> SMTPUTF8=1', 'MAIL FROM:<a@b> SIZE=1001', 'MAIL FROM:<a@b> FOO',
-      'MAIL FROM:<a@b> SIZE', 'MAIL FROM:<a\x7f@b>', 'VRFY =?us-ascii?q?a=40b?=', 'MAIL FROM:<a@b> SMTPUTF8',
+      'MAIL FROM:<a@b> SIZE', 'MAIL FROM:<a@[\\>]>', 'MAIL FROM:<a\x7f@b>', 'VRFY =?us-ascii?q?a=40b?=', 'MAIL FROM:<a@b> SMTPUTF8',
       'MAIL FROM:<a@b>', 'RCPT', 'RCPT TO:<a@b> FOO=1', 'DATA', 'RCPT TO:<=?us-ascii?q?a=40b?=@c>',
       'DATA now', 'RSET now', 'RSET', 'NOOP now', 'VRFY', 'VRFY ""', 'VRFY a', 'EXPN', 'x', 'é', '',
       'NOOP ' + 'x' * 512]),
