@@ -322,6 +322,7 @@ ssize_t __wrap_recv(int fd, void* buffer, size_t size, int flags) {
 
 int __wrap_select(int size, fd_set* r, fd_set* w, fd_set* e, timeval* timeout) {
     if (auto* const hook = std::exchange(faults::on_select, nullptr)) hook();
+    if (timeout && timeout->tv_sec > 100000000) return errno = EINVAL, -1;   // as macOS does
     return faults::fails_with_errno(call::select) ? -1 : __real_select(size, r, w, e, timeout);
 }
 

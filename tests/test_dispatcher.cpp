@@ -519,6 +519,92 @@ TEST(loop, an_object_that_closes_when_it_is_asked) {
     }
 }
 
+// One that is asked may close another one, which was asked before.
+// Deviation 58
+TEST(loop, an_object_that_closes_another_when_it_is_asked) {
+    struct closer : asyncore::dispatcher {
+        std::string when;
+        asyncore::dispatcher* other = nullptr;
+        using dispatcher::dispatcher;
+        void at(const std::string& question) {
+            if (when == question && other) std::exchange(other, nullptr)->close();
+        }
+        bool readable() override { return at("readable"), true; }
+        bool writable() override { return at("writable"), false; }
+        asyncore::clock::time_point deadline() override { return at("deadline"), asyncore::never; }
+        void handle_read() override { recv(100); }
+    };
+    for (const bool use_poll : {false, true})
+        for (const std::string question : {"readable", "writable", "deadline"}) {
+            asyncore::map_type map;
+            auto [first_end, first_sock] = wire::pair();
+            auto [second_end, second_sock] = wire::pair();
+            closer first(std::move(first_sock), &map), second(std::move(second_sock), &map);
+            (first._fileno < second._fileno ? second : first).other = first._fileno < second._fileno ? &first : &second;
+            first.when = second.when = question;
+            pass(map, use_poll, 0.0);
+            CHECK_EQ(map.size(), 1u);
+            (first.connected ? first_end : second_end).send("x");
+            pass(map, use_poll, 5.0);
+            CHECK_EQ(map.size(), 1u);
+        }
+}
+
+// A descriptor that was closed behind its object's back is the program's mistake, as in Python.
+TEST(loop, a_descriptor_that_was_closed_behind_its_back) {
+    asyncore::map_type map;
+    auto [end, sock] = wire::pair();
+    witness it(std::move(sock), &map);
+    const int fd = it._fileno;
+    ::close(fd);
+    CHECK_THROWS(asyncore::poll(0.0, &map), std::system_error);
+    CHECK_EQ(::dup2(end.fd(), fd), fd);   // for its owner to close
+}
+
+// Without a socket there is nothing to do any of it with.
+TEST(dispatcher, without_a_socket) {
+    asyncore::map_type map;
+    asyncore::dispatcher it(nullptr, &map);
+    char byte;
+    CHECK_THROWS(it.bind({"127.0.0.1", 0}), std::logic_error);
+    CHECK_THROWS(it.listen(5), std::logic_error);
+    CHECK_THROWS(it.connect({"127.0.0.1", 1}), std::logic_error);
+    CHECK_THROWS(it.accept(), std::logic_error);
+    CHECK_THROWS(it.send("x"), std::logic_error);
+    CHECK_THROWS(it.recv(1), std::logic_error);
+    CHECK_THROWS(it.recv_into(&byte, 1), std::logic_error);
+    CHECK_THROWS(it.set_reuse_addr(), std::logic_error);
+    CHECK_THROWS(it.handle_connect_event(), std::logic_error);
+    CHECK_THROWS(it.handle_expt_event(), std::logic_error);
+    CHECK_THROWS(it.set_socket(nullptr), std::invalid_argument);
+    CHECK_THROWS(map.own(nullptr), std::invalid_argument);
+    it.close();
+}
+
+// What an exception leaves of the input is looked at in the next pass.
+// Deviation 63
+TEST(loop, input_behind_an_exception) {
+    struct surviving : asynchat::async_chat {
+        std::vector<std::string> lines;
+        using async_chat::async_chat;
+        void collect_incoming_data(std::string_view data) override { _collect_incoming_data(data); }
+        void found_terminator() override {
+            lines.push_back(_get_data());
+            if (lines.size() == 1) throw std::runtime_error("the first one");
+        }
+        void handle_error() override {}
+    };
+    asyncore::map_type map;
+    auto [end, sock] = wire::pair();
+    surviving it(std::move(sock), &map);
+    it.set_terminator("\n");
+    end.send("1\n2\n3\n");
+    asyncore::poll(5.0, &map);
+    CHECK_EQ(it.lines.size(), 1u);
+    asyncore::poll(5.0, &map);
+    CHECK_EQ(it.lines.size(), 3u);
+}
+
 TEST(loop, an_empty_map_returns_at_once) {
     map_type map;
     const auto before = asyncore::clock::now();

@@ -806,6 +806,28 @@ void second_address() {
     ++board->problems;
 }
 
+// A deadline that is further away than select() takes on macOS, which the wrapped one refuses as well.
+void far_deadline() {
+    struct patient : asyncore::dispatcher {
+        using dispatcher::dispatcher;
+        bool writable() override { return true; }
+        void handle_write() override { close(); }
+        asyncore::clock::time_point deadline() override { return asyncore::clock::now() + std::chrono::hours(200000); }
+    };
+    int fds[2];
+    if (::socketpair(AF_UNIX, SOCK_STREAM, 0, fds) < 0) return;
+    asyncore::map_type map;
+    {
+        const faults::exposed exposed;
+        patient it(std::make_unique<asyncore::socket_type>(fds[0]), &map);
+        asyncore::poll(std::nullopt, &map);
+    }
+    ::close(fds[1]);
+    if (map.empty()) return;
+    std::printf("FAILED: a far deadline\n");
+    ++board->problems;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -823,6 +845,7 @@ int main(int argc, char** argv) {
     ::mkdir((folder + "/" + std::string(LIST).replace(LIST.find('@'), 1, ".")).c_str(), 0700);
     std::signal(SIGPIPE, SIG_DFL);
     second_address();
+    far_deadline();
     if (const std::string problem = run_program({}); !problem.empty()) {
         std::printf("FAILED the program without a fault: %s\n", problem.c_str());
         return 1;
