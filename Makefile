@@ -4,6 +4,7 @@
 
 CXX = c++
 CXXFLAGS = -O2
+TESTFLAGS = -O0
 WARNINGS = -Wall -Wextra -Wpedantic
 LDFLAGS =
 DESTDIR =
@@ -26,11 +27,12 @@ libsmtpd.a: $(LIBRARY)
 	ar rc $@ $(LIBRARY)
 
 .cpp.o:
-	$(CXX) -std=c++17 $(WARNINGS) $(CXXFLAGS) -I. -c -o $@ $<
+	$(CXX) -std=c++17 $(WARNINGS) $(CXXFLAGS) `case $@ in tests/*) echo $(TESTFLAGS) ;; esac` -I. -c -o $@ $<
 
 asyncore.o: asyncore.hpp
 smtpd.o main.o: $(HEADERS)
-$(TESTS): $(HEADERS) tests/test.hpp tests/support.hpp tests/dialog.hpp tests/reference.hpp tests/scene.hpp tests/upstream.hpp
+$(TESTS): $(HEADERS) tests/test.hpp tests/support.hpp tests/dialog.hpp tests/loopback.hpp tests/reference.hpp \
+	tests/scene.hpp tests/upstream.hpp
 tests/test_corpus.o: tests/fuzz/fuzz.hpp tests/fuzz/fuzz_address.cpp tests/fuzz/fuzz_channel.cpp \
 	tests/fuzz/fuzz_grammar.cpp tests/fuzz/fuzz_proxy.cpp tests/fuzz/fuzz_reply.cpp
 

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "loopback.hpp"
 #include "smtpd.hpp"
 
 namespace support {

@@ -31,6 +31,7 @@
 #include <set>
 
 #include "faults.hpp"
+#include "loopback.hpp"
 #include "smtpd.hpp"
 
 int program_main(int argc, char** argv);   // main.cpp's
@@ -816,6 +817,7 @@ int main(int argc, char** argv) {
         tell_all = tell_all || args[0] == "-a";
         args.erase(args.begin());
     }
+    support::own_network();   // a listener that a fault has closed must leave its port to no other program
     board = static_cast<shared*>(::mmap(nullptr, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     const char* parent = std::getenv("TMPDIR");
     folder = std::string(parent ? parent : "/tmp") + "/faults-XXXXXX";
