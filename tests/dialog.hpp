@@ -268,7 +268,7 @@ struct session {
     dialog client;
 
     explicit session(const smtpd::options& with = {}) : server(map, with), client(map, wire::to(server)) {
-        client.hear("220  C++ SMTP proxy version 1.0.0\r\n");
+        client.hear(banner(""));
     }
     smtpd::SMTPChannel& channel() { return *server.channel; }
     wire& end() { return client.end_of_it(); }

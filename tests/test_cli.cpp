@@ -20,6 +20,7 @@
 
 #include "asyncore.hpp"
 #include "loopback.hpp"
+#include "smtpd.hpp"
 #include "test.hpp"
 
 namespace {
@@ -30,7 +31,7 @@ using asyncore::socket_type;
 
 constexpr std::chrono::seconds patience{10};   // for what should happen at once
 
-const std::string BANNER_VERSION = "C++ SMTP proxy version 1.0.0";
+const std::string BANNER_VERSION(smtpd::version);
 const std::string SHUTTING_DOWN = "421 Error: server is shutting down\r\n";
 
 bool ready(int fd, short events, int milliseconds) {

@@ -19,7 +19,7 @@ using namespace std::chrono_literals;
 namespace {
 
 const std::string DATA_START = "354 End data with <CR><LF>.<CR><LF>";
-const std::string BANNER = "220  C++ SMTP proxy version 1.0.0\r\n";
+const std::string BANNER = support::banner("");
 const std::string MAIL_SYNTAX = "501 Syntax: MAIL FROM: <address> [SP <mail-parameters>]";
 const std::string RCPT_SYNTAX = "501 Syntax: RCPT TO: <address> [SP <mail-parameters>]";
 const std::string EHLO = "250-\r\n250-SIZE 33554432\r\n250-8BITMIME\r\n250 HELP";
@@ -346,7 +346,7 @@ TEST(deviations, banner_version) {
     map_type map;
     support::recorder server(map);
     auto end = wire::to(server);
-    CHECK_EQ(support::wait_for(map, end, "\r\n"), "220 mx.test C++ SMTP proxy version 1.0.0\r\n");
+    CHECK_EQ(support::wait_for(map, end, "\r\n"), support::banner("mx.test"));
 }
 
 // Deviation 12
@@ -361,7 +361,7 @@ TEST(deviations, host_name) {
     for (const char* name : {"first.example", "first.example", "second.example"}) {
         server.settings.fqdn = name;
         auto end = wire::to(server);
-        CHECK_EQ(support::wait_for(map, end, "\r\n"), std::string("220 ") + name + " C++ SMTP proxy version 1.0.0\r\n");
+        CHECK_EQ(support::wait_for(map, end, "\r\n"), support::banner(name));
     }
 }
 
@@ -407,9 +407,8 @@ TEST(deviations, unix_peer) {
     wire end(std::move(sock));
     end.send("HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: x\r\n\r\nhi\r\n.\r\nQUIT\r\n");
     captured out(std::cout);
-    CHECK_EQ(support::wait_for_eof(map, end),
-             "220 mx.test C++ SMTP proxy version 1.0.0\r\n250 mx.test\r\n250 OK\r\n250 OK\r\n" + DATA_START +
-                 "\r\n250 OK\r\n221 Bye\r\n");
+    CHECK_EQ(support::wait_for_eof(map, end), support::banner("mx.test") + "250 mx.test\r\n250 OK\r\n250 OK\r\n" +
+                                                  DATA_START + "\r\n250 OK\r\n221 Bye\r\n");
     CHECK_EQ(out.text(),
              "---------- MESSAGE FOLLOWS ----------\n"
              "Subject: x\n"
@@ -484,8 +483,8 @@ TEST(deviations, debugging_server_cannot_print) {
         } instead(&takes_nothing);
         CHECK_THROWS(support::run_until(map, [] { return false; }), asyncore::ExitNow);
     }
-    CHECK_EQ(end.take(), "220 mx.test C++ SMTP proxy version 1.0.0\r\n250 mx.test\r\n250 OK\r\n250 OK\r\n" +
-                             DATA_START + "\r\n");   // the message is not acknowledged
+    CHECK_EQ(end.take(), support::banner("mx.test") + "250 mx.test\r\n250 OK\r\n250 OK\r\n" + DATA_START +
+                             "\r\n");   // the message is not acknowledged
 }
 
 // Deviations 26, 27
@@ -561,7 +560,7 @@ TEST(deviations, new_channel_fails) {
             return std::make_unique<channel>(*this, std::move(sock), from);
         }
     };
-    const std::string banner = "220 mx.test C++ SMTP proxy version 1.0.0\r\n";
+    const std::string banner = support::banner("mx.test");
     map_type map;
     failing server(map);
     for (const char* what : {"channel_class", "constructor", "start", ""}) {
@@ -666,7 +665,7 @@ static void emfile_in_accept(bool use_poll) {
     }
     CHECK_EQ(out.text().substr(0, 32), "error: cannot accept a client of");
     auto fourth = wire::tcp("127.0.0.1", port);
-    CHECK_EQ(support::wait_for(map, fourth, "\r\n", use_poll), "220 mx.test C++ SMTP proxy version 1.0.0\r\n");
+    CHECK_EQ(support::wait_for(map, fourth, "\r\n", use_poll), support::banner("mx.test"));
 }
 
 // Deviation 14
@@ -693,7 +692,7 @@ TEST(deviations, fd_setsize) {
     for (wire* end : {&low, &high}) {
         end->send("NOOP\r\n");
         asyncore::loop(5.0, false, &map, 1);
-        CHECK_EQ(end->take(), "220 mx.test C++ SMTP proxy version 1.0.0\r\n250 OK\r\n");
+        CHECK_EQ(end->take(), support::banner("mx.test") + "250 OK\r\n");
     }
     high.send("QUIT\r\n");
     CHECK_EQ(support::wait_for_eof(map, high), "221 Bye\r\n");
