@@ -276,6 +276,7 @@ TEST(defer, dropped_unanswered) {
     it.still_there();
 }
 
+// No crash: there is nothing else to see.
 TEST(defer, a_token_of_nobody) {
     deferred_reply nobody;
     nobody.answer("250 OK");
@@ -412,6 +413,7 @@ TEST(defer, the_server_takes_its_tokens_along) {
     CHECK(map.empty());
 }
 
+// No crash: there is nothing else to see.
 TEST(defer, the_map_has_gone) {
     std::vector<deferred_reply> replies;
     {

@@ -246,6 +246,7 @@ TEST(dispatcher, a_device_that_is_full) {
     CHECK_EQ(map.size(), 1u);
 }
 
+// No exception: there is nothing else to see.
 TEST(dispatcher, set_reuse_addr_is_not_vital) {
     map_type map;
     dispatcher it(nullptr, &map);
