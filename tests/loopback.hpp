@@ -5,6 +5,7 @@
 #define LOOPBACK_HPP
 
 #ifdef __linux__
+#include <fcntl.h>
 #include <net/if.h>
 #include <sched.h>
 #include <sys/ioctl.h>
@@ -22,13 +23,16 @@ namespace support {
 // have one, on Linux; elsewhere nothing happens.
 inline void own_network() {
 #ifdef __linux__
-    if (::unshare(CLONE_NEWNET) != 0) return;
-    const int fd = ::socket(AF_INET, SOCK_DGRAM, 0);
-    ifreq lo{};
-    std::string("lo").copy(lo.ifr_name, sizeof lo.ifr_name - 1);
-    lo.ifr_flags = IFF_UP;
-    ::ioctl(fd, SIOCSIFFLAGS, &lo);
-    ::close(fd);
+    const int before = ::open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    if (before >= 0 && ::unshare(CLONE_NEWNET) == 0) {
+        const int fd = ::socket(AF_INET, SOCK_DGRAM, 0);
+        ifreq lo{};
+        std::string("lo").copy(lo.ifr_name, sizeof lo.ifr_name - 1);
+        lo.ifr_flags = IFF_UP;
+        if (::ioctl(fd, SIOCSIFFLAGS, &lo) != 0 && ::setns(before, CLONE_NEWNET) != 0) ::_exit(1);
+        ::close(fd);
+    }
+    ::close(before);
 #endif
 }
 
