@@ -668,12 +668,11 @@ TEST(stop, those_who_have_nothing_in_hand_go_at_once) {
     waiting it;
     auto second = wire::to(it.server);
     it.lines({{"HELO a", "250 "}, {"MAIL FROM:<a@b>", "250 OK"}});
-    const int port = it.server.port();
     it.server.stop(10s);
     CHECK_EQ(support::wait_for_eof(it.map, it.end()), SHUTTING_DOWN + "\r\n");
     CHECK_EQ(support::wait_for_eof(it.map, second), support::banner("") + SHUTTING_DOWN + "\r\n");
     CHECK(it.map.empty());   // loop() returns
-    CHECK_THROWS(wire::tcp("127.0.0.1", port), std::runtime_error);
+    CHECK(it.server.socket->fileno() < 0);   // its port may be another program's by now
 }
 
 TEST(stop, what_is_said_after_it_is_not_executed) {
