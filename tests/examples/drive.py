@@ -46,7 +46,8 @@ class Program:
     """A running example; when it is `announced`, it says first `listening on HOST:PORT`."""
 
     def __init__(self, *args, announced=True, port=0):
-        self.process = subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        start_new_session=True)
         self.output = b''
         self.port = port
         try:
@@ -63,7 +64,8 @@ class Program:
         return self
 
     def __exit__(self, *exception):
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)   # what strace runs outlives it otherwise
         self.process.wait()
         self.process.stdout.close()
 
