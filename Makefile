@@ -4,6 +4,7 @@
 
 CXX = c++
 CXXFLAGS = -O2
+TESTFLAGS = -O0
 WARNINGS = -Wall -Wextra -Wpedantic
 LDFLAGS =
 DESTDIR =
@@ -26,11 +27,12 @@ libsmtpd.a: $(LIBRARY)
 	ar rc $@ $(LIBRARY)
 
 .cpp.o:
-	$(CXX) -std=c++17 $(WARNINGS) $(CXXFLAGS) -I. -c -o $@ $<
+	$(CXX) -std=c++17 $(WARNINGS) $(CXXFLAGS) `case $@ in tests/*) echo $(TESTFLAGS) ;; esac` -I. -c -o $@ $<
 
 asyncore.o: asyncore.hpp
 smtpd.o main.o: $(HEADERS)
-$(TESTS): $(HEADERS) tests/test.hpp tests/support.hpp tests/dialog.hpp tests/reference.hpp tests/scene.hpp tests/upstream.hpp
+$(TESTS): $(HEADERS) tests/test.hpp tests/support.hpp tests/dialog.hpp tests/loopback.hpp tests/reference.hpp \
+	tests/scene.hpp tests/upstream.hpp
 tests/test_corpus.o: tests/fuzz/fuzz.hpp tests/fuzz/fuzz_address.cpp tests/fuzz/fuzz_channel.cpp \
 	tests/fuzz/fuzz_grammar.cpp tests/fuzz/fuzz_proxy.cpp tests/fuzz/fuzz_reply.cpp
 
@@ -50,19 +52,23 @@ amalgamation:
 	sh tests/dist/amalgamate.sh
 
 install: smtpd libsmtpd.a
-	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
-	mkdir -p $(DESTDIR)$(PREFIX)/share/man/man1
+	for folder in bin include lib/pkgconfig lib/cmake/smtpd share/man/man1 share/doc/smtpd; do \
+	    mkdir -p $(DESTDIR)$(PREFIX)/$$folder || exit 1; done
 	cp smtpd $(DESTDIR)$(PREFIX)/bin
 	cp $(HEADERS) $(DESTDIR)$(PREFIX)/include
 	cp libsmtpd.a $(DESTDIR)$(PREFIX)/lib
+	cp tests/dist/smtpdConfig.cmake $(DESTDIR)$(PREFIX)/lib/cmake/smtpd
 	cp tests/dist/smtpd.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	cp LICENSE $(DESTDIR)$(PREFIX)/share/doc/smtpd
 	version=`sed -n 's/.* version = ".* version \([0-9.]*\)".*/\1/p' smtpd.hpp` && \
 	    sed -e 's,@PC_INCLUDEDIR@,../../include,' -e 's,@PC_LIBDIR@,..,' -e "s,@PROJECT_VERSION@,$$version," \
-	    tests/dist/smtpd.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/smtpd.pc
+	    tests/dist/smtpd.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/smtpd.pc && \
+	    sed "s,@PROJECT_VERSION@,$$version," tests/dist/smtpdConfigVersion.cmake.in > \
+	    $(DESTDIR)$(PREFIX)/lib/cmake/smtpd/smtpdConfigVersion.cmake
 
 uninstall:
 	cd $(DESTDIR)$(PREFIX) && rm -f bin/smtpd include/asyncore.hpp include/smtpd.hpp lib/libsmtpd.a \
-	    lib/pkgconfig/smtpd.pc share/man/man1/smtpd.1
+	    lib/pkgconfig/smtpd.pc share/man/man1/smtpd.1 && rm -rf lib/cmake/smtpd share/doc/smtpd
 
 clean:
 	rm -f smtpd libsmtpd.a *.o tests/*.o tests/core

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Checks README.md against the tree: each block of C++ stands, as it is, in one of the tested examples; each row of
-Deviations has a test that names its number; links lead somewhere; it is shorter than 400 lines.
+Deviations has a test that names its number; links lead somewhere; it is shorter than 400 lines. And no test repeats
+the version of smtpd.hpp: a release changes one line.
 """
 import pathlib
 import re
@@ -34,6 +35,11 @@ for row in rows:
 for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', re.sub(r'^```.*?^```', '', readme, flags=re.S | re.M)):
     if not (top / link).exists():
         faults.append('a link leads nowhere: ' + link)
+
+version = re.search(r' version = ".* version ([0-9.]+)"', (top / 'smtpd.hpp').read_text()).group(1)
+for path in sorted((top / 'tests').rglob('*')):
+    if path.suffix in ('.cpp', '.hpp', '.py', '.sh') and 'version ' + version in path.read_text(errors='replace'):
+        faults.append('%s repeats the version %s' % (path.relative_to(top), version))
 
 lines = readme.count('\n')
 if lines >= 400:

@@ -12,7 +12,7 @@ for call in accept4 bind close connect fcntl getaddrinfo gethostname getnameinfo
 done
 for source in asyncore.cpp smtpd.cpp main.cpp tests/faults.cpp tests/test_faults.cpp; do
     object=$build/$(basename "$source" .cpp).o
-    if [ ! -e "$object" ] || [ -n "$(find "$source" asyncore.hpp smtpd.hpp tests/faults.hpp -newer "$object")" ]; then
+    if [ ! -e "$object" ] || [ -n "$(find "$source" asyncore.hpp smtpd.hpp tests/faults.hpp tests/loopback.hpp -newer "$object")" ]; then
         main=
         [ "$source" != main.cpp ] || main=-Dmain=program_main
         ${CXX:-c++} $main -std=c++17 -Wall -Wextra -Wpedantic ${CXXFLAGS--O1 -g} -I. -Itests -c -o "$object" "$source"

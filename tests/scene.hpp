@@ -4,6 +4,7 @@
 #define SCENE_HPP
 
 #include <atomic>
+#include <cstdio>
 #include <thread>
 
 #include "test.hpp"
@@ -90,7 +91,8 @@ template <typename Case>
 void with_timeout(Case run) {
     try {
         run(milliseconds(25));
-    } catch (const std::exception&) {
+    } catch (const std::exception& error) {
+        std::printf("note: once more with a longer timeout, after: %s\n", error.what());
         run(milliseconds(1000));
     }
 }

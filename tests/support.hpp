@@ -7,9 +7,15 @@
 #include <string_view>
 #include <vector>
 
+#include "loopback.hpp"
 #include "smtpd.hpp"
 
 namespace support {
+
+// What a server of that name says first.
+inline std::string banner(const std::string& host) {
+    return "220 " + host + " " + std::string(smtpd::version) + "\r\n";
+}
 
 struct message {
     asyncore::address peer;
@@ -67,6 +73,6 @@ class client {
 // Runs passes until done() or, with a failure, for thirty seconds; for one, when that has happened before.
 void run_until(asyncore::map_type& map, const std::function<bool()>& done, bool use_poll = false);
 
-}  // namespace support
+}   // namespace support
 
 #endif

@@ -276,6 +276,7 @@ TEST(defer, dropped_unanswered) {
     it.still_there();
 }
 
+// No crash: there is nothing else to see.
 TEST(defer, a_token_of_nobody) {
     deferred_reply nobody;
     nobody.answer("250 OK");
@@ -383,7 +384,7 @@ TEST(defer, the_server_has_gone) {
         dropped ? replies.clear() : replies.at(0).answer("250 OK");
         end->receive_all();
         CHECK(end->eof);
-        CHECK_EQ(end->take(), "220  C++ SMTP proxy version 1.0.0\r\n250 \r\n" + ACCEPTED);
+        CHECK_EQ(end->take(), support::banner("") + "250 \r\n" + ACCEPTED);
     }
 }
 
@@ -412,6 +413,7 @@ TEST(defer, the_server_takes_its_tokens_along) {
     CHECK(map.empty());
 }
 
+// No crash: there is nothing else to see.
 TEST(defer, the_map_has_gone) {
     std::vector<deferred_reply> replies;
     {
@@ -631,7 +633,7 @@ TEST(defer, answered_inside_the_hook_of_another_client) {
     };
     second.send("HELO b\r\n" + TRANSACTION + "y\r\n.\r\nQUIT\r\n");
     CHECK_EQ(support::wait_for_eof(it.map, second),
-             "220  C++ SMTP proxy version 1.0.0\r\n250 \r\n" + ACCEPTED + "250 the second one's\r\n221 Bye\r\n");
+             support::banner("") + "250 \r\n" + ACCEPTED + "250 the second one's\r\n221 Bye\r\n");
     it.client.hear("250 the first one's\r\n");
     it.still_there();
 }
@@ -669,12 +671,11 @@ TEST(stop, those_who_have_nothing_in_hand_go_at_once) {
     waiting it;
     auto second = wire::to(it.server);
     it.lines({{"HELO a", "250 "}, {"MAIL FROM:<a@b>", "250 OK"}});
-    const int port = it.server.port();
     it.server.stop(10s);
     CHECK_EQ(support::wait_for_eof(it.map, it.end()), SHUTTING_DOWN + "\r\n");
-    CHECK_EQ(support::wait_for_eof(it.map, second), "220  C++ SMTP proxy version 1.0.0\r\n" + SHUTTING_DOWN + "\r\n");
+    CHECK_EQ(support::wait_for_eof(it.map, second), support::banner("") + SHUTTING_DOWN + "\r\n");
     CHECK(it.map.empty());   // loop() returns
-    CHECK_THROWS(wire::tcp("127.0.0.1", port), std::runtime_error);
+    CHECK(it.server.socket->fileno() < 0);   // its port may be another program's by now
 }
 
 TEST(stop, what_is_said_after_it_is_not_executed) {
@@ -785,7 +786,7 @@ TEST(stop, a_listener_that_does_not_close_properly) {
     wire end = wire::to(server);
     server.stuck = true;
     server.stop(10s);
-    CHECK_EQ(support::wait_for_eof(map, end), "220 mx.test C++ SMTP proxy version 1.0.0\r\n" + SHUTTING_DOWN + "\r\n");
+    CHECK_EQ(support::wait_for_eof(map, end), support::banner("mx.test") + SHUTTING_DOWN + "\r\n");
     CHECK(map.empty());
 }
 
@@ -803,7 +804,7 @@ TEST(stop, while_clients_are_accepted) {
     brief server(map);
     wire first = wire::tcp("127.0.0.1", server.port()), second = wire::tcp("127.0.0.1", server.port());
     captured out(std::cout);
-    CHECK_EQ(support::wait_for(map, first, "\r\n"), "220 mx.test C++ SMTP proxy version 1.0.0\r\n");
+    CHECK_EQ(support::wait_for(map, first, "\r\n"), support::banner("mx.test"));
     CHECK_EQ(support::wait_for_eof(map, second), "");
     CHECK_EQ(map.size(), 1u);   // the first one's channel
     CHECK_EQ(out.text(), "");   // and no complaint about a listener that is closed

@@ -40,7 +40,7 @@ struct witness : dispatcher {
 // A port where nobody listens.
 asyncore::address closed_port() {
     socket_type sock(AF_INET, SOCK_STREAM);
-    sock.bind({"127.0.0.1", 0});
+    sock.bind({support::loopback(), 0});
     return sock.getsockname();
 }
 
@@ -237,7 +237,7 @@ TEST(dispatcher, a_pipe_is_no_socket) {
 // What a peer that has gone does not explain is an exception.
 TEST(dispatcher, a_device_that_is_full) {
     const int fd = ::open("/dev/full", O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return;
+    if (fd < 0) SKIP("no /dev/full");
     map_type map;
     asyncore::file_dispatcher it(fd, &map);
     ::close(fd);
@@ -246,6 +246,7 @@ TEST(dispatcher, a_device_that_is_full) {
     CHECK_EQ(map.size(), 1u);
 }
 
+// No exception: there is nothing else to see.
 TEST(dispatcher, set_reuse_addr_is_not_vital) {
     map_type map;
     dispatcher it(nullptr, &map);

@@ -1,7 +1,8 @@
 // Runs every TEST, or those whose "suite.name" contains a PATTERN, but none that contains one after a minus sign.
-// Usage: core [-l] [PATTERN...] [-PATTERN...]; -l lists them.
+// Usage: core [-l] [-x] [PATTERN...] [-PATTERN...]; -l lists them, -x ends with the first failure.
 
-#include <fcntl.h>
+#include <poll.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,11 +11,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <string_view>
 #include <vector>
 
 #include "asyncore.hpp"
+#include "loopback.hpp"
 #include "test.hpp"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -55,19 +58,25 @@ std::vector<entry>& entries() {
     return all;
 }
 
-int open_descriptors() {
-    int count = 0;
-    for (int fd = 0; fd < 4096; ++fd)
-        if (::fcntl(fd, F_GETFD) >= 0) ++count;
-    return count;
+// Of the first 4096, which poll() tells in one call.
+long open_descriptors() {
+    static pollfd all[4096];
+    rlimit limit{};
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    const auto size = std::min<rlim_t>(limit.rlim_cur, std::size(all));   // poll() takes no more
+    for (rlim_t fd = 0; fd < size; ++fd) all[fd] = {static_cast<int>(fd), 0, 0};
+    if (::poll(all, static_cast<nfds_t>(size), 0) < 0) fail(__FILE__, __LINE__, "poll() can't tell what is open");
+    return std::count_if(all, all + size, [](const pollfd& it) { return (it.revents & POLLNVAL) == 0; });
 }
 
-// What a test does wrong; "" when it does nothing wrong.
+// What a test does wrong; "" when it does nothing wrong. Throws when it is skipped.
 std::string run(const entry& it, bool look_for_leaks) {
     const long memory = live;
-    const int descriptors = open_descriptors();
+    const long descriptors = open_descriptors();
     try {
         it.body();
+    } catch (const skipped&) {
+        throw;
     } catch (const std::exception& error) {
         return *error.what() ? error.what() : "an exception without a text";
     } catch (...) {
@@ -109,13 +118,19 @@ void fail(const char* file, int line, const std::string& what) {
 int main(int argc, char** argv) {
     std::signal(SIGPIPE, SIG_DFL);   // the library must never raise it
     std::vector<std::string_view> patterns(argv + 1, argv + argc), without;
-    const bool list = !patterns.empty() && patterns[0] == "-l";
-    if (list) patterns.erase(patterns.begin());
+    const auto option = [&patterns](std::string_view name) {
+        const bool given = !patterns.empty() && patterns[0] == name;
+        if (given) patterns.erase(patterns.begin());
+        return given;
+    };
+    const bool list = option("-l"), stops = option("-x");
+    const char* const no_skip = std::getenv("NO_SKIP");
     const auto first = std::stable_partition(patterns.begin(), patterns.end(), [](auto p) { return p[0] != '-'; });
     for (auto it = first; it != patterns.end(); ++it) without.push_back(it->substr(1));
     patterns.erase(first, patterns.end());
     if (patterns.empty()) patterns.emplace_back("");
-    int passed = 0, failed = 0;
+    if (!list) support::own_network();
+    int passed = 0, failed = 0, skipped = 0;
 #ifndef SANITIZED
     for (const int crash : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL}) std::signal(crash, test::on_crash);
 #endif
@@ -130,12 +145,25 @@ int main(int argc, char** argv) {
 #ifndef SANITIZED
         test::running = it.name.c_str();
 #endif
-        std::string wrong = test::run(it, false);
-        // Something made once and kept is no leak: only a second run that leaves memory behind has one.
-        if (wrong.empty()) wrong = test::run(it, true);
+        std::string wrong;
+        try {
+            wrong = test::run(it, false);
+            // Something made once and kept is no leak: only a second run that leaves memory behind has one.
+            if (wrong.empty()) wrong = test::run(it, true);
+        } catch (const test::skipped& reason) {
+            if (!no_skip || std::string_view(no_skip) != "1") {
+                ++skipped;
+                std::printf("SKIPPED %s: %s\n", it.name.c_str(), reason.what());
+                continue;
+            }
+            wrong = std::string("skipped: ") + reason.what();
+        }
         wrong.empty() ? ++passed : ++failed;
         if (!wrong.empty()) std::printf("FAILED %s\n    %s\n", it.name.c_str(), wrong.c_str());
+        if (failed != 0 && stops) break;
     }
-    if (!list) std::printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0 || (passed == 0 && !list);
+    if (!list) std::printf("%d passed, %d failed", passed, failed);
+    if (skipped != 0) std::printf(", %d skipped", skipped);
+    if (!list) std::puts("");
+    return failed != 0 || (passed + skipped == 0 && !list);
 }

@@ -875,7 +875,7 @@ TEST(output, set_socket_does_not_carry_output_over) {
 // A call that fails for another reason than a peer that has gone is an error, and the session ends.
 TEST(output, a_device_that_is_full) {
     const int fd = ::open("/dev/full", O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return;
+    if (fd < 0) SKIP("no /dev/full");
     map_type map;
     chat it(nullptr, &map);
     it.set_socket(std::make_unique<asyncore::file_wrapper>(fd));

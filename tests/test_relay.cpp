@@ -254,7 +254,7 @@ TEST(relay, a_connection_that_nobody_answers) {
         asyncore::map_type map;
         // A listener that does not accept, with its queue full.
         asyncore::socket_type listener(AF_INET, SOCK_STREAM);
-        listener.bind({"127.0.0.1", 0});
+        listener.bind({support::loopback(), 0});
         listener.listen(0);
         std::vector<asyncore::socket_type> queue;
         for (int i = 0; i < 3; ++i) {
@@ -291,7 +291,7 @@ TEST(relay, a_connection_to_itself_is_refused) {
         narcissus session(&map, wait);
         {
             asyncore::socket_type free(AF_INET, SOCK_STREAM);
-            free.bind({"127.0.0.1", 0});
+            free.bind({support::loopback(), 0});
             session.own = free.getsockname();
         }
         std::vector<std::string> told;
@@ -307,18 +307,21 @@ TEST(relay, a_connection_to_itself_is_refused) {
 TEST(relay, a_name_and_a_name_that_is_none) {
     for (const bool use_poll : {false, true}) {
         scene here(use_poll);
-        here.server._remoteaddr = {"localhost", here.up.port()};   // ::1 may come first, and refuse
+        support::upstream named(here.map, "127.0.0.1");
+        here.server._remoteaddr = {"localhost", named.port()};   // ::1 may come first, and refuse
         CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
         here.finish();
+        here.run_until([&] { return named.open() == 0; });
+        named.check();
+        CHECK_EQ(named.messages.size(), 1u);
+        CHECK_EQ(here.up.heard.size(), 0u);
         caller again(here.map, here.server.socket->getsockname(), use_poll);
         again.answer();
         again.ask("EHLO client.test");
         here.server._remoteaddr = {"999.999.999.999", 25};
         CHECK_EQ(again.ask("MAIL FROM:<a@client.test>"), NOT_AVAILABLE);
         here.server._remoteaddr = {};
-        CHECK_EQ(
-            again.ask("MAIL FROM:<a@client.test>").substr(0, 3) == "250" ? again.ask("RCPT TO:<b@example>") : "451",
-            std::string("451"));
+        CHECK_EQ(again.ask("MAIL FROM:<a@client.test>"), NOT_AVAILABLE);
         CHECK_EQ(again.ask("QUIT"), std::string("221 Bye"));
         again.wait_for_close();
     }
@@ -640,11 +643,16 @@ void smuggle(scene& here, const std::vector<std::string>& pieces) {
         here.use_poll ? asyncore::poll2(0.0, &here.map) : asyncore::poll(0.0, &here.map);
     }
     here.client.say("\r\n.\r\n");
-    CHECK_EQ(here.client.answer(), TAKEN);
-    CHECK_EQ(here.up.messages.size(), 1u);
-    CHECK_EQ(joined(here.up.messages[0].rcpttos), std::string("b@example"));
-    CHECK_EQ(without_x_peer(here.up.messages[0].wire), expected_wire(said));
-    CHECK_EQ(here.client.received, std::string());
+    try {
+        CHECK_EQ(here.client.answer(), TAKEN);
+        CHECK_EQ(here.up.messages.size(), 1u);
+        CHECK_EQ(joined(here.up.messages[0].rcpttos), std::string("b@example"));
+        CHECK_EQ(without_x_peer(here.up.messages[0].wire), expected_wire(said));
+        CHECK_EQ(here.client.received, std::string());
+    } catch (const std::exception& error) {
+        throw test::failure(error.what() + ("\n    said " + test::show(said)) + "\n    rest " +
+                            test::show(here.client.received) + here.up.conversations());
+    }
 }
 
 }   // namespace

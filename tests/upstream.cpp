@@ -281,7 +281,9 @@ class upstream::session : public asynchat::async_chat {
 // The server
 // ---------------------------------------------------------------------------------------------------------
 
-upstream::upstream(asyncore::map_type& map) : dispatcher(nullptr, &map) { accept_again(); }
+upstream::upstream(asyncore::map_type& map, const std::string& host) : dispatcher(nullptr, &map), host_(host) {
+    accept_again();
+}
 
 upstream::~upstream() { hang_up(); }
 
@@ -342,6 +344,13 @@ void upstream::say_unasked(const std::string& bytes) {
 std::string upstream::conversation(std::size_t connection) const {
     std::string text;
     for (const auto& line : heard.at(connection)) text += (text.empty() ? "" : " / ") + line;
+    return text;
+}
+
+std::string upstream::conversations() const {
+    std::string text;
+    for (std::size_t i = 0; i < heard.size(); ++i)
+        text += "\n    connection " + std::to_string(i + 1) + ": " + conversation(i);
     return text;
 }
 

@@ -73,14 +73,14 @@ class upstream : public asyncore::dispatcher {
     std::deque<mail> messages;                    // that came with their last dot
     std::vector<std::string> complaints;          // where its client was wrong; see check()
 
-    explicit upstream(asyncore::map_type& map);
+    explicit upstream(asyncore::map_type& map, const std::string& host = loopback());
     ~upstream() override;
     std::string class_name() const override { return "upstream"; }
     bool writable() override { return false; }
     void handle_accepted(std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& from) override;
 
     int port() const { return port_; }
-    asyncore::address where() const { return {"127.0.0.1", port_}; }
+    asyncore::address where() const { return {host_, port_}; }
     void refuse();   // connections to its port are refused from now on
     void accept_again();
     std::size_t open() const { return sessions_.size(); }   // connections
@@ -90,6 +90,7 @@ class upstream : public asyncore::dispatcher {
     void say_unasked(const std::string& bytes);             // to everybody
 
     std::string conversation(std::size_t connection) const;   // its lines, joined by " / "
+    std::string conversations() const;                        // of all connections, for a failure's text
     std::size_t accepted(std::string_view text) const;        // messages with that text that were told 250
 
     // Throws when a client of this server has broken the protocol: more than one command at a time, a MAIL inside
@@ -100,6 +101,7 @@ class upstream : public asyncore::dispatcher {
     class session;
     act next(const std::string& line, const std::string& stage, const std::string& usual);
 
+    const std::string host_;
     int port_ = 0;
     asyncore::socket_type placeholder_;   // keeps the port while connections are refused
     std::vector<session*> sessions_;

@@ -974,7 +974,9 @@ def main():
     peers_of = {c.key: [p for p in c.peers if not names or p.split(',')[0] in names] for c in cases}
     results = Results()
     os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, 'results.csv'), 'w', newline='') as f:
+    # The results take the places of the last ones when all of them are there: an interrupted run changes nothing.
+    part = {kind: os.path.join(args.out, 'results.%s.part' % kind) for kind in ('csv', 'md', 'svg')}
+    with open(part['csv'], 'w', newline='') as f:
         report = csv.writer(f, lineterminator='\n')
         report.writerow(['case', 'peer', 'client', 'round', 'messages', 'wall_s', 'server_cpu_s', 'client_cpu_s',
                          'idle_rss_bytes', 'peak_rss_bytes', 'others_share'])
@@ -982,8 +984,11 @@ def main():
             print('case %s: %s' % (case.key, case.title), file=sys.stderr)
             run_case(bench, case, peers_of[case.key], results, report)
             f.flush()
-    write_markdown(os.path.join(args.out, 'results.md'), cases, peers_of, results, args)
-    write_chart(os.path.join(args.out, 'results.svg'), cases, results)
+    write_markdown(part['md'], cases, peers_of, results, args)
+    write_chart(part['svg'], cases, results)
+    for path in part.values():
+        if os.path.exists(path):
+            os.replace(path, path[:-len('.part')])
     with open(os.path.join(args.out, 'results.md')) as f:
         print(f.read())
     missed = '**no**' in target_table(cases, results)

@@ -2,7 +2,7 @@
 # Builds the library into projects of every kind, as their owners would, and runs each: a message must go through.
 # Usage: run.sh [BUILD [NAME...]]. BUILD is a CMake build of the library (one is made when it is not given, or is
 # ""), NAME one of: find_package find_package_shared add_subdirectory FetchContent pkg_config pkg_config_shared
-# make_install two_files loop_alone no_rtti. Without CMake or pkg-config what needs them is skipped (exit status
+# make_install make_install_find_package two_files loop_alone no_rtti. Without CMake or pkg-config what needs them is skipped (exit status
 # 77), or fails when NO_SKIP is set.
 set -u
 
@@ -11,7 +11,7 @@ root=$(cd "$here/../.." && pwd)
 build=${1:-}
 [ $# -gt 0 ] && shift
 [ $# -gt 0 ] || set -- find_package find_package_shared add_subdirectory FetchContent pkg_config pkg_config_shared \
-    make_install two_files loop_alone no_rtti
+    make_install make_install_find_package two_files loop_alone no_rtti
 CXX=${CXX:-c++}
 export CXX
 flags="-std=c++17 -O0 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
@@ -53,12 +53,17 @@ with_pkg_config() {   # PREFIX
         LD_LIBRARY_PATH=$(dirname "$PKG_CONFIG_PATH") ./consumer
 }
 
+with_find_package() {   # PREFIX
+    cmake_build out "$here/find_package" -DCMAKE_PREFIX_PATH="$1" -Dversion="$version" && out/consumer &&
+        ! cmake -S "$here/find_package" -B other -DCMAKE_PREFIX_PATH="$1" -Dversion="$((${version%%.*} + 1)).0"
+}
+
 find_package() {
-    installed static && cmake_build out "$here/find_package" -DCMAKE_PREFIX_PATH="$work/static" && out/consumer
+    installed static && with_find_package "$work/static"
 }
 
 find_package_shared() {
-    installed shared && cmake_build out "$here/find_package" -DCMAKE_PREFIX_PATH="$work/shared" && out/consumer &&
+    installed shared && with_find_package "$work/shared" &&
         ls shared/lib*/libsmtpd.so."${version%%.*}"
 }
 
@@ -79,12 +84,22 @@ pkg_config_shared() {
     installed shared && with_pkg_config "$work/shared"
 }
 
-# With the Makefile: into DESTDIR, from where it is moved to its prefix.
-make_install() {
+# With the Makefile: into DESTDIR, from where it is moved to its prefix. The uninstall leaves nothing behind.
+made() {
+    [ -d "$work/made" ] && return
     mkdir copy && cp "$root"/Makefile "$root"/*.?pp copy && mkdir copy/tests && cp -R "$root/tests/dist" copy/tests || return 1
     for file in README.md LICENSE; do [ ! -f "$root/$file" ] || cp "$root/$file" copy; done
     (cd copy && make CXX="$CXX" CXXFLAGS=-O0 && make CXX="$CXX" CXXFLAGS=-O0 install PREFIX=/moved DESTDIR="$work/stage") &&
-        mv stage/moved made && with_pkg_config "$work/made" && made/bin/smtpd --version
+        mkdir left && cp -R stage/moved left && (cd copy && make uninstall PREFIX=/moved DESTDIR="$work/left") &&
+        [ -z "$(find left -type f)" ] && mv stage/moved made && made/bin/smtpd --version
+}
+
+make_install() {
+    made && with_pkg_config "$work/made" && cmp "$root/LICENSE" made/share/doc/smtpd/LICENSE
+}
+
+make_install_find_package() {
+    made && with_find_package "$work/made"
 }
 
 two_files() {
@@ -105,7 +120,7 @@ passed=0 failed=0 skipped=0
 for name in "$@"; do
     tool=sh
     case $name in
-    find_package* | add_subdirectory | FetchContent) tool=cmake ;;
+    *find_package* | add_subdirectory | FetchContent) tool=cmake ;;
     pkg_config*) tool=pkg-config ;;
     make_install) tool=pkg-config ;;
     esac
@@ -122,7 +137,7 @@ for name in "$@"; do
         echo "FAILED: $name"
         failed=$((failed + 1))
     fi
-    rm -rf out consumer
+    rm -rf out other consumer
 done
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ] || exit 1

@@ -140,7 +140,7 @@ END
         make) done="built, installed, uninstalled" && makefile "$compiler" "" ;;
         "make test") done="built, installed, uninstalled" && makefile "$compiler" test ;;
         esac >../$name.log 2>&1 && result="$done" || result="FAILED"
-        ran=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' ../$name.log | tail -n 1)
+        ran=$(grep -E '^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' ../$name.log | tail -n 1)
         [ -z "$ran" ] || result="$result; core tests: $ran"
     fi
     cd "$RESULTS"

@@ -46,20 +46,26 @@ class Program:
     """A running example; when it is `announced`, it says first `listening on HOST:PORT`."""
 
     def __init__(self, *args, announced=True, port=0):
-        self.process = subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen([str(arg) for arg in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        start_new_session=True)
         self.output = b''
         self.port = port
-        if announced:
-            told = self.read_until(b'\n')
-            assert told.startswith(b'listening on 127.0.0.1:'), told
-            self.port = int(told.split(b':')[1])
-            self.output = b''
+        try:
+            if announced:
+                told = self.read_until(b'\n')
+                assert told.startswith(b'listening on 127.0.0.1:'), told
+                self.port = int(told.split(b':')[1])
+                self.output = b''
+        except BaseException:
+            self.__exit__()   # `with` calls it only for what has been made
+            raise
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)   # what strace runs outlives it otherwise
         self.process.wait()
         self.process.stdout.close()
 
@@ -501,6 +507,8 @@ def main():
     name = sys.argv[1]
     drive = globals().get(name)
     assert drive, 'nothing here drives ' + name
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))   # which ends what it has started
     print('ok: %s: %s' % (name, drive(sys.argv[2], *map(int, sys.argv[3:]))), flush=True)
 
 

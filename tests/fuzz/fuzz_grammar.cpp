@@ -117,7 +117,7 @@ class model {
   public:
     const smtpd::options& with;
     words statuses;   // what process_message() returns: in turn
-    std::string output = "220 mx.test C++ SMTP proxy version 1.0.0\r\n";
+    std::string output = "220 mx.test " + std::string(smtpd::version) + "\r\n";
     std::string deliveries;
     bool in_data = false, over = false;
 

@@ -17,7 +17,7 @@ What must hold, or the exit status is 1:
     - an idle connection takes 2 KiB of heap at most
     - no exception is logged; SIGTERM ends the server with 0
 
-The programs are those that cmake makes in build/tests, or --server and --client; the server may be one with
+It compiles its two programs with $CXX (c++), unless --server and --client name them; the server may be one with
 sanitizers. The exit status is 77 where something is lacking; with NO_SKIP=1 in the environment it is 1.
 """
 import argparse
@@ -25,6 +25,7 @@ import collections
 import os
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import time
 
-BUILT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'build', 'tests')
+TOP = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..')
 IDLE, FILES, HOGS, RATE = 3, 600, 600, 150      # of the soak: seconds, descriptors, and see soak_client.cpp
 LIMITS = ['--rcpts', '250', '--size', str(1 << 20)]
 MIB = float(1 << 20)
@@ -246,6 +247,15 @@ def selftest(args, folder, faults):
     return missed
 
 
+def built(name, folder):
+    program, compiler = os.path.join(folder, name), os.environ.get('CXX', 'c++')
+    if not shutil.which(compiler):
+        raise Lacking('there is no ' + compiler)
+    sources = ['tests/soak/%s.cpp' % name] + ['asyncore.cpp', 'smtpd.cpp'] * (name == 'soak_server')
+    subprocess.run([compiler, '-std=c++17', '-O2', '-I.', '-pthread', '-o', program, *sources], cwd=TOP, check=True)
+    return program
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['load', 'soak', 'selftest'])
@@ -255,17 +265,19 @@ def main():
     for option, modes in ('poll', ['poll']), ('proxy', ['proxy']), ('all', ['select', 'poll', 'proxy']):
         parser.add_argument('--' + option, dest='modes', action='store_const', const=modes, default=['select'])
     for program in ('server', 'client'):
-        parser.add_argument('--' + program, default=os.path.join(BUILT, 'soak_' + program))
+        parser.add_argument('--' + program)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # servers are stopped on the way out
     failures = []
     try:
         if sys.platform != 'linux':
             raise Lacking('this is not Linux')
-        for program in (args.server, args.client):
-            if not os.access(program, os.X_OK):
-                raise Lacking('there is no ' + program)
         with tempfile.TemporaryDirectory() as folder:
+            args.server = args.server or built('soak_server', folder)
+            args.client = args.client or built('soak_client', folder)
+            for program in (args.server, args.client):
+                if not os.access(program, os.X_OK):
+                    raise Lacking('there is no ' + program)
             if args.what == 'load':
                 for count in args.which or (1000, 10000):
                     failures += load(args, folder, int(count))
