@@ -247,7 +247,8 @@ extern "C" void on_signal(int) {
 }
 
 // SIGINT and SIGTERM end the program when the messages in hand are done, or after a while; the second one at
-// once, by the signal's own default.
+// once, by the signal's own default. So does the loss of the listener, which asyncore closes when it fails: nothing
+// would come any more.
 class signal_watch : public asyncore::file_dispatcher {
   public:
     explicit signal_watch(smtpd::SMTPServer& server) : file_dispatcher(signal_pipe[0]), server_(server) {
@@ -257,10 +258,19 @@ class signal_watch : public asyncore::file_dispatcher {
         for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
     }
     bool writable() override { return false; }
+    asyncore::clock::time_point deadline() override {
+        return server_.accepting ? asyncore::clock::time_point::max() : asyncore::clock::time_point::min();
+    }
+    void handle_timeout() override {
+        lost = true;
+        handle_read();
+    }
     void handle_read() override {
         server_.stop(std::chrono::seconds(10));
         close();
     }
+
+    bool lost = false;
 
   private:
     smtpd::SMTPServer& server_;
@@ -286,6 +296,7 @@ static int run(const std::vector<std::string>& args) {
         return 1;
     }
     if (options.setuid) become_nobody();
+    server->check();
     if (server->relays() && !is_loopback(server->socket->getsockname()))
         std::cerr << program << ": warning: whoever can reach " << options.local.str()
                   << " can send mail anywhere through it\n";
@@ -293,7 +304,8 @@ static int run(const std::vector<std::string>& args) {
     ::fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
     signal_watch watch(*server);
     asyncore::loop();
-    return 0;
+    if (watch.lost) std::cerr << program << ": the listener on " << options.local.str() << " was closed by an error\n";
+    return watch.lost;
 }
 
 int main(int argc, char** argv) {

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
@@ -1181,55 +1182,99 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
 
 namespace {
 
-// Takes the first line off `text`, its line end too, whichever of CR LF, CR or LF that is. False: it had none.
-bool take_line(std::string_view& text, std::string_view& line) {
-    const auto* lf = static_cast<const char*>(std::memchr(text.data(), '\n', text.size()));
-    std::size_t end = lf ? static_cast<std::size_t>(lf - text.data()) : text.size();
-    const auto* cr = static_cast<const char*>(std::memchr(text.data(), '\r', end));
-    if (cr) end = static_cast<std::size_t>(cr - text.data());
-    line = text.substr(0, end);
-    if (end == text.size()) {
-        text = {};
-        return false;
+bool is_line_end(char c) { return c == '\r' || c == '\n'; }
+
+// Bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of bare
+// CR has a line in each byte.
+std::size_t line_length(std::string_view text) {
+    std::size_t length = 0;
+    while (length < 16 && length < text.size() && !is_line_end(text[length])) ++length;
+    if (length < 16) return length;
+    for (std::size_t window = 64; length < text.size(); window *= 2) {
+        const std::string_view part = text.substr(length, window);
+        const auto* lf = static_cast<const char*>(std::memchr(part.data(), '\n', part.size()));
+        std::size_t found = lf ? static_cast<std::size_t>(lf - part.data()) : part.size();
+        const auto* cr = static_cast<const char*>(std::memchr(part.data(), '\r', found));
+        if (cr) found = static_cast<std::size_t>(cr - part.data());
+        length += found;
+        if (found < part.size()) break;
     }
-    text.remove_prefix(text.substr(end, 2) == "\r\n" ? end + 2 : end + 1);
-    return true;
+    return length;
 }
 
-// A message as it is sent after 354, its last dot included.
+}   // namespace
+
+// A message on its way. It is shared by those who send it, and never copied.
+struct letter {
+    std::string text;
+    std::string extra{};   // what goes in before byte `at` of the text
+    std::size_t at = 0;
+    bool one_more = false;   // line end at the end: the one that was half of the end of data
+
+    std::array<std::string_view, 4> parts() const {
+        const std::string_view all = text;
+        return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
+    }
+
+    // Bytes that are sent, before dots are doubled.
+    std::size_t size() const {
+        std::size_t size = 0;
+        char last = '\n';
+        for (const auto part : parts())
+            for (const char c : part) {
+                if (!is_line_end(c))
+                    ++size;
+                else if (c == '\r' || last != '\r')
+                    size += 2;
+                last = c;
+            }
+        return size;
+    }
+};
+
+namespace {
+
+// A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
 class message_producer : public asynchat::producer {
   public:
-    explicit message_producer(std::string message) : message_(std::move(message)), rest_(message_) {}
-
-    bool done() const { return done_; }
+    explicit message_producer(std::shared_ptr<const letter> message)
+        : message_(std::move(message)), parts_(message_->parts()) {}
 
     std::string more() override {
-        std::string piece;
-        if (done_) return piece;
-        piece.reserve(std::min<std::size_t>(rest_.size(), 65536) + 128);
-        std::string_view line;
-        while (!rest_.empty() && piece.size() < 65536) {
-            take_line(rest_, line);
-            if (!line.empty() && line[0] == '.') piece += '.';
-            piece.append(line).append("\r\n");
+        if (done_) return "";
+        std::size_t left = 0;
+        for (const auto part : parts_) left += part.size();
+        std::string piece(std::min<std::size_t>(2 * left + 5, 65536), '\0');
+        char* out = piece.data();
+        const char* const end = out + piece.size();
+        for (auto& part : parts_) {
+            while (!part.empty() && end - out > 2) {
+                std::size_t taken = 1;
+                if (is_line_end(part[0])) {
+                    if (part[0] == '\r' || last_ != '\r') out = std::copy_n("\r\n", 2, out);
+                } else {
+                    if (part[0] == '.' && is_line_end(last_)) *out++ = '.';
+                    taken = line_length(part.substr(0, static_cast<std::size_t>(end - out)));
+                    out = std::copy_n(part.data(), taken, out);
+                }
+                last_ = part[taken - 1];
+                part.remove_prefix(taken);
+                left -= taken;
+            }
         }
-        done_ = rest_.empty();
-        if (done_) piece += ".\r\n";
+        done_ = left == 0 && end - out >= 5;
+        if (done_ && !is_line_end(last_)) out = std::copy_n("\r\n", 2, out);
+        if (done_) out = std::copy_n(".\r\n", 3, out);
+        piece.resize(static_cast<std::size_t>(out - piece.data()));
         return piece;
     }
 
   private:
-    std::string message_;
-    std::string_view rest_;
+    const std::shared_ptr<const letter> message_;
+    std::array<std::string_view, 4> parts_;   // what is left of them
+    char last_ = '\n';                        // byte that was taken
     bool done_ = false;
 };
-
-// Bytes of a message with CR LF line ends, before dots are doubled.
-std::size_t size_on_the_wire(std::string_view message) {
-    std::size_t size = 0;
-    for (std::string_view line; !message.empty();) size += (take_line(message, line) ? 2 : 0) + line.size();
-    return size;
-}
 
 // When that time has passed from now on; 0 is never.
 asyncore::clock::time_point after(std::chrono::milliseconds time) {
@@ -1243,16 +1288,25 @@ void check_command(const std::string& cmd) {
         throw std::invalid_argument("command and arguments contain prohibited newline characters");
 }
 
-// Picks the options of a client's MAIL that the next server offers to take. False: it lacks one that is needed.
-bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, std::vector<std::string>& with) {
+// Throws when a method is given none.
+template <typename Handler>
+void check_handler(const Handler& then) {
+    if (!then) throw std::invalid_argument("there is no handler for the answer");
+}
+
+// Picks the options of a client's MAIL that the next server offers to take, and SMTPUTF8 when an address needs it
+// (Python forgets that). False: it lacks that.
+bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool utf8,
+                  std::vector<std::string>& with) {
     for (const auto& option : mail_options) {
         const std::string name = option.substr(0, option.find('='));
-        if (session.has_extn(name == "BODY" ? "8BITMIME" : name))
+        if (name == "SMTPUTF8")
+            utf8 = true;
+        else if (session.has_extn(name == "BODY" ? "8BITMIME" : name))
             with.push_back(option);
-        else if (name == "SMTPUTF8")
-            return false;
     }
-    return true;
+    if (utf8) with.emplace_back("SMTPUTF8");
+    return !utf8 || session.has_extn("SMTPUTF8");
 }
 
 const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
@@ -1285,7 +1339,15 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 }
 
 SMTP::~SMTP() {
-    if (on_close) on_close();
+    try {
+        say_closed();
+    } catch (const asyncore::ExitNow&) {
+        // a destructor can't leave the loop
+    }
+}
+
+void SMTP::connect(const address& server) {
+    connect(server, [](const reply&) {});
 }
 
 void SMTP::connect(const address& server, handler then) {
@@ -1333,7 +1395,15 @@ void SMTP::handle_connect() {
     next_ = awaited::greeting;
 }
 
+void SMTP::open(const address& server, handler then) {
+    check_handler(then);
+    connect(server, [this, then](const reply& greeting) {
+        greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
+    });
+}
+
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
+    check_handler(then);
     if (then_) throw std::logic_error("one command at a time");
     then_ = std::move(then);
     due_ = after(wait);
@@ -1343,18 +1413,22 @@ void SMTP::expect(handler then, std::chrono::milliseconds wait) {
 
 void SMTP::docmd(const std::string& cmd, handler then) {
     check_command(cmd);
+    check_handler(then);
     if (!connected) return then({-1, "not connected"});
     expect(std::move(then), wait_.command);
     async_chat::push(cmd + "\r\n");
 }
 
 void SMTP::ehlo(handler then) {
+    check_handler(then);
     docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
         does_esmtp = answer.code == 250;
         esmtp_features.clear();
-        std::string_view rest = answer.text, line;
-        for (take_line(rest, line); does_esmtp && !rest.empty();) {
-            take_line(rest, line);
+        std::size_t end = answer.text.find('\n');
+        while (does_esmtp && end != std::string::npos) {
+            const std::size_t start = end + 1;
+            end = answer.text.find('\n', start);
+            const std::string_view line = std::string_view(answer.text).substr(start, end - start);
             const std::size_t space = std::min(line.find_first_of(" ="), line.size());
             esmtp_features[upper(line.substr(0, space))] = strip(line.substr(std::min(space + 1, line.size())));
         }
@@ -1365,6 +1439,7 @@ void SMTP::ehlo(handler then) {
 void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
 
 void SMTP::ehlo_or_helo_if_needed(handler then) {
+    check_handler(then);
     ehlo([this, then](const reply& answer) {
         if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
         helo(then);
@@ -1373,7 +1448,7 @@ void SMTP::ehlo_or_helo_if_needed(handler then) {
 
 // The name to greet with; an address literal when there is no better one.
 std::string SMTP::own_name() const {
-    if (!local_hostname.empty()) return local_hostname;
+    if (!local_hostname.empty() || !connected) return local_hostname;
     const address own = socket->getsockname();
     if (own.family == AF_UNIX) return "localhost";
     return (own.family == AF_INET6 ? "[IPv6:" : "[") + own.host + "]";
@@ -1387,6 +1462,7 @@ void SMTP::mail(const std::string& sender, const std::vector<std::string>& with,
 }
 
 void SMTP::rcpt(const std::string& recipient, handler then) {
+    check_handler(then);
     docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
         if (answer.code == 250 || answer.code == 251) ++accepted_;
         then(answer);
@@ -1394,9 +1470,13 @@ void SMTP::rcpt(const std::string& recipient, handler then) {
 }
 
 void SMTP::data(std::string msg, handler then) {
+    say_DATA(std::make_shared<const letter>(letter{std::move(msg)}), std::move(then));
+}
+
+void SMTP::say_DATA(std::shared_ptr<const letter> message, handler then) {
     docmd("DATA", std::move(then));
     if (!connected) return;
-    message_ = std::move(msg);
+    message_ = std::move(message);
     next_ = awaited::go_ahead;
     due_ = after(wait_.data_initiation);
 }
@@ -1404,20 +1484,19 @@ void SMTP::data(std::string msg, handler then) {
 void SMTP::send_message() {
     next_ = awaited::end;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
-    auto source = std::make_unique<message_producer>(std::exchange(message_, {}));
     gone_out_ = false;
     due_ = after(wait_.data_block);
-    push_with_producer(std::move(source));
+    push_with_producer(std::make_unique<message_producer>(std::exchange(message_, nullptr)));
 }
 
 void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
 
 void SMTP::quit() {
     // A message without its last dot is none.
-    if (!connected || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
+    if (!connected || stopped() || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
     quitting_ = true;
+    due_ = std::min(due_, after(wait_.quit));   // first: if QUIT can't even be said, the session still ends
     if (!then_) async_chat::push("QUIT\r\n");
-    due_ = std::min(due_, after(wait_.quit));
 }
 
 void SMTP::forget() {
@@ -1425,11 +1504,20 @@ void SMTP::forget() {
     if (then_) then_ = [](const reply&) {};
 }
 
+void SMTP::abandon() noexcept {
+    try {
+        forget();
+        quit();
+    } catch (...) {
+        // it ends when it is due
+    }
+}
+
 // What sendmail() keeps between one command and the next.
 struct SMTP::mailing {
     SMTP& session;
     std::vector<std::string> to_addrs;
-    std::string msg;
+    std::shared_ptr<const letter> message;
     bool all;
     std::function<void(const reply&, const refused&)> then;
     refused refused_so_far{};
@@ -1439,8 +1527,8 @@ struct SMTP::mailing {
     static void say_RCPT(const std::shared_ptr<mailing>& it) {
         if (it->next == it->to_addrs.size()) {
             if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
-            return it->session.data(std::move(it->msg),
-                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
+            return it->session.say_DATA(std::move(it->message),
+                                        [it](const reply& answer) { it->then(answer, it->refused_so_far); });
         }
         it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
             const bool yes = answer.code == 250 || answer.code == 251;
@@ -1455,10 +1543,19 @@ struct SMTP::mailing {
 void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
                     const std::vector<std::string>& mail_options, bool all,
                     std::function<void(const reply&, const refused&)> then) {
+    send_letter(from_addr, to_addrs, std::make_shared<const letter>(letter{std::move(msg)}), mail_options, all,
+                std::move(then));
+}
+
+void SMTP::send_letter(const std::string& from_addr, const std::vector<std::string>& to_addrs,
+                       std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options, bool all,
+                       std::function<void(const reply&, const refused&)> then) {
+    check_handler(then);
     std::vector<std::string> with;
-    if (!pick_options(*this, mail_options, with)) return then(no_SMTPUTF8, {});
-    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(size_on_the_wire(msg)));
-    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
+    const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
+    if (connected && !pick_options(*this, mail_options, utf8, with)) return then(no_SMTPUTF8, {});
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(message->size()));
+    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(message), all, std::move(then)});
     mail(from_addr, with, [it](const reply& answer) {
         if (answer.code != 250) return it->then(answer, {});
         mailing::say_RCPT(it);
@@ -1488,22 +1585,34 @@ void SMTP::found_terminator() {
     if (!more) report(std::exchange(answer_, {}));
 }
 
-void SMTP::report(const reply& answer) {
+void SMTP::report(reply answer) {
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
     const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
-    const bool yes = next_ == awaited::greeting   ? answer.code == 220
-                     : next_ == awaited::go_ahead ? answer.code == 354
-                                                  : !unfinished;
-    if (!yes && answer.code < 400) return fail("the answer makes no sense");
     const bool surplus = !ac_in_buffer().empty();
-    if (next_ == awaited::go_ahead && yes && !surplus) return send_message();
+    bool yes = !unfinished;
+    switch (next_) {
+        case awaited::greeting:
+            yes = answer.code == 220;
+            break;
+        case awaited::go_ahead:
+            yes = answer.code == 354;
+            if (yes && !surplus) return send_message();
+            break;
+        case awaited::end:
+            // Python: 250 alone. Any other yes would then be a reason to send the message again.
+            if (answer.code / 100 == 2) answer.code = 250;
+            break;
+        case awaited::answer:
+            break;
+    }
+    if (!yes && answer.code < 400) return fail("the answer makes no sense");
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
     const bool over = answer.code == 421 || unfinished;
     if (--replies_left_ > 0 && !over) return;
     // More answers than commands: the one to a message counts, it is the server's to keep now.
     if (surplus && next_ != awaited::end && !over) return fail("there are more answers than commands");
     next_ = awaited::answer;
-    message_ = {};
+    message_ = nullptr;
     due_ = asyncore::clock::time_point::max();
     const handler then = std::exchange(then_, nullptr);
     const reply decisive = worst_;
@@ -1529,8 +1638,20 @@ void SMTP::close() {
     }
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
-    if (on_close) std::exchange(on_close, nullptr)();
+    say_closed();
     if (then_) std::exchange(then_, nullptr)({-1, why_});
+}
+
+// What on_close throws is no reason to leave who waits for an answer without one.
+void SMTP::say_closed() {
+    const auto closed = std::exchange(on_close, nullptr);
+    try {
+        if (closed) closed();
+    } catch (const asyncore::ExitNow&) {
+        throw;
+    } catch (...) {
+        log_exception("uncaptured C++ exception in on_close of");
+    }
 }
 
 void SMTP::handle_write() {
@@ -1550,27 +1671,28 @@ void SMTP::handle_close() {
 }
 
 void SMTP::handle_error() {
-    try {
-        throw;
-    } catch (const std::system_error& error) {
+    const auto done = [](auto what) {
         try {
-            why_ = error.what();
-            if (connecting) return attempt();
+            what();
+            return true;
         } catch (const asyncore::ExitNow&) {
             throw;
         } catch (...) {
-            // there is no more to say
+            return false;   // there is no more to say
         }
+    };
+    bool over = false;
+    try {
+        throw;
+    } catch (const std::system_error& error) {
+        over = done([&] {
+            why_ = error.what();
+            connecting ? attempt() : close();
+        });
     } catch (...) {
         log_exception("uncaptured C++ exception, closing channel");
     }
-    try {
-        close();
-    } catch (const asyncore::ExitNow&) {
-        throw;
-    } catch (...) {
-        // whoever waited has been called
-    }
+    if (!over) done([this] { close(); });
 }
 
 asyncore::clock::time_point SMTP::deadline() {
@@ -1578,10 +1700,13 @@ asyncore::clock::time_point SMTP::deadline() {
         gone_out_ = true;
         due_ = after(wait_.data_termination);
     }
-    return std::min(async_chat::deadline(), due_);
+    return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
 }
 
+bool SMTP::stopped() const { return stop_by_ && *stop_by_ <= asyncore::clock::now(); }
+
 void SMTP::handle_timeout() {
+    if (stopped()) return fail("the server is shutting down");
     if (due_ > asyncore::clock::now()) return async_chat::handle_timeout();
     why_ = "no answer in time";
     connecting ? attempt() : close();
@@ -1600,12 +1725,9 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
         refused = some;
         session.quit();
     };
-    session.connect(server, [&](const reply& greeting) {
-        if (greeting.code != 220) return done(greeting, {});
-        session.ehlo_or_helo_if_needed([&](const reply& answer) {
-            if (answer.code != 250) return done(answer, {});
-            session.sendmail(from_addr, to_addrs, std::move(msg), {}, false, done);
-        });
+    session.open(server, [&](const reply& answer) {
+        if (answer.code != 250) return done(answer, {});
+        session.sendmail(from_addr, to_addrs, std::move(msg), {}, false, done);
     });
     asyncore::loop(30.0, false, &map);
     if (result.code != 250) throw SMTPResponseException(result);
@@ -1630,16 +1752,6 @@ std::string final_answer(const reply& answer) {
 
 }   // namespace
 
-// Ends a session that nobody is interested in any more.
-static void part_with(SMTP& session) noexcept {
-    session.forget();
-    try {
-        session.quit();
-    } catch (...) {
-        // what it was told to do last may fail: nobody listens any more
-    }
-}
-
 ProxyChannel* message_options::proxy_channel() const {
     const auto owed = owed_.lock();
     return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
@@ -1659,7 +1771,7 @@ ProxyChannel::~ProxyChannel() { dismiss_all(); }
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
 
 void ProxyChannel::dismiss(lane& it) {
-    if (SMTP* session = std::exchange(it.session, nullptr)) part_with(*session);
+    if (SMTP* session = std::exchange(it.session, nullptr)) session->abandon();
 }
 
 void ProxyChannel::dismiss_all() {
@@ -1677,26 +1789,23 @@ void ProxyChannel::connect_to(PureProxy::side to, SMTP::handler then) {
     auto session = proxy().make_session(to);
     it.session = session.get();
     it.session->on_close = [&it] { it.session = nullptr; };
-    session->connect(proxy().address_of(to), [this, &it, then](const reply& greeting) {
-        if (greeting.code != 220) {
-            dismiss(it);
-            return then(greeting);
-        }
-        it.session->ehlo_or_helo_if_needed([this, &it, then](const reply& answer) {
-            if (answer.code != 250) dismiss(it);
-            then(answer);
-        });
+    session->open(proxy().address_of(to), [this, &it, then](const reply& answer) {
+        if (answer.code != 250) dismiss(it);
+        then(answer);
     });
     if (session->_fileno >= 0) _map->own(std::move(session));
 }
 
-// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between.
+// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between. A session that
+// was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened, once.
 void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    reset(of(to), [this, to, then](const reply&) {
-        if (of(to).session) return say_MAIL(to, then);
+    const SMTP::handler unless_lost = [this, to, then](const reply& said) {
+        if (said.code >= 0 && said.code != 421) return then(said);
+        dismiss(of(to));
         connect_to(to,
                    [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
-    });
+    };
+    reset(of(to), [this, to, unless_lost](const reply&) { say_MAIL(to, unless_lost); });
 }
 
 // Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
@@ -1714,7 +1823,9 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     lane& it = of(to);
     if (!it.session) return then({});
     std::vector<std::string> with;
-    if (!pick_options(*it.session, mail_options, with)) return then(no_SMTPUTF8);
+    const bool utf8 = !is_ascii(mailfrom) || (!rcpttos.empty() && !is_ascii(rcpttos.back()));
+    if (!pick_options(*it.session, mail_options, utf8, with)) return then(no_SMTPUTF8);
+    it.utf8 = !with.empty() && with.back() == "SMTPUTF8";
     it.stale = true;
     it.mailfrom = mailfrom;
     it.session->mail(mailfrom, with, [&it, then](const reply& answer) {
@@ -1726,6 +1837,10 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
 void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
     lane& it = of(to);
     if (!it.session) return reply.answer(refusal(to, {}));
+    if (!it.utf8 && !is_ascii(rcpttos.back())) {
+        rcpttos.pop_back();
+        return reply.answer("550 Error: SMTPUTF8 was not declared");
+    }
     it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it, reply](const auto& said) {
         if (said.code == 250 || said.code == 251) {
             it.accepted.push_back(rcpttos.back());
@@ -1736,19 +1851,26 @@ void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
     });
 }
 
-// What the client is told of a no. Anything else that is not a yes ends the transaction, and the session.
+// What the client is told of a no. Anything else that is not a yes ends the session; and the transaction, when it takes
+// along what the client was given a 250 for.
 std::string ProxyChannel::refusal(PureProxy::side from, const reply& said) {
     if (is_refusal(said)) return said.line();
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
-    dismiss(of(from));
+    lane& it = of(from);
+    dismiss(it);
+    it.begun = false;
+    if (proxy().asks_at_MAIL() || !it.accepted.empty()) lose();
+    return not_available;
+}
+
+void ProxyChannel::lose() {
     _set_post_data_state();
     lost_ = true;
-    return not_available;
 }
 
 void ProxyChannel::answer_MAIL() {
     lost_ = false;
-    for (auto& it : lanes_) it.begun = false;   // of a transaction before
+    for (auto& it : lanes_) it.begun = false, it.accepted.clear();   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
     begin(PureProxy::side::upstream, [this, reply = owe()](const auto& said) {
         if (said.code == 250) return reply.answer("250 OK");
@@ -1758,10 +1880,19 @@ void ProxyChannel::answer_MAIL() {
 }
 
 void ProxyChannel::answer_RCPT() {
-    const auto to = proxy().route(rcpttos.back());
+    PureProxy::side to = PureProxy::side::upstream;
+    try {
+        to = proxy().route(rcpttos.back());
+    } catch (const std::system_error&) {
+        log_exception("no way to tell where a recipient's mail goes for");
+        rcpttos.pop_back();
+        return push(not_available);
+    }
     if (proxy().address_of(to).none()) return push("250 OK");
     const deferred_reply reply = owe();
-    if (of(to).begun) return say_RCPT(to, reply);
+    // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
+    const lane& it = of(to);
+    if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return say_RCPT(to, reply);
     begin(to, [this, to, reply](const auto& said) {
         if (said.code == 250) return say_RCPT(to, reply);
         rcpttos.pop_back();
@@ -1769,11 +1900,10 @@ void ProxyChannel::answer_RCPT() {
     });
 }
 
-// Nobody was left to pass an answer on: memory ran out, for one.
+// There was nothing left that could pass an answer on: memory ran out, for one.
 void ProxyChannel::answer_lost() {
     dismiss_all();
-    _set_post_data_state();
-    lost_ = true;
+    lose();
     answer(not_available);
 }
 
@@ -1797,17 +1927,14 @@ void ProxyChannel::smtp_RCPT(argument arg) {
 
 void ProxyChannel::smtp_DATA(argument arg) {
     for (const auto& it : lanes_)
-        if (it.begun && !it.session && !rcpttos.empty()) {
-            _set_post_data_state();
-            lost_ = true;
-        }
+        if (!it.session && !it.accepted.empty()) return lose(), push(not_available);
     if (lost_ && mailfrom.empty()) return push(not_available);
     SMTPChannel::smtp_DATA(arg);
 }
 
 // Sends the message on the transaction that is open, when there is one for just these recipients.
 bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
-                         std::string& data, SMTP::handler then) {
+                         std::shared_ptr<const letter> message, SMTP::handler then) {
     lane& it = of(to);
     if (!it.begun || it.mailfrom != sender || it.accepted != recipients) return false;
     it.begun = false;
@@ -1815,7 +1942,7 @@ bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const st
         then({});
         return true;
     }
-    it.session->data(std::move(data), [this, &it, then](const reply& said) {
+    it.session->say_DATA(std::move(message), [this, &it, then](const reply& said) {
         it.stale = said.code != 250;
         it.accepted.clear();
         if (said.code != 250 && !is_refusal(said)) dismiss(it);
@@ -1830,20 +1957,97 @@ bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const st
 
 namespace {
 
-// Adds a line to the end of the header, as Python does: before the first empty line, or after the last one.
-void insert_header(std::string& data, const std::string& header) {
-    std::size_t at = data.find("\n\n");
-    at = data.empty() || data[0] == '\n' ? 0 : at != data.npos ? at + 1 : data.back() == '\n' ? data.size() : data.npos;
-    if (at == data.npos)
-        data += "\n" + header;
-    else
-        data.insert(at, header + "\n");
+std::string lower(std::string text) {
+    for (char& c : text)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    return text;
+}
+
+// What a proxy has to know of a message's header. It ends at the first line that is sent as an empty one; Python looks
+// for \n\n, and takes \r\r for text.
+struct header {
+    std::size_t end = 0;    // where another line goes in
+    bool unended = false;   // there is no empty line, nor an end of the last one
+    int hops = 0;           // X-Peer lines: proxies that it came through
+    bool from = false, date = false;
+
+    explicit header(std::string_view message) {
+        while (!unended) {
+            const std::string_view line = message.substr(end, line_length(message.substr(end)));
+            const auto is = [&](std::string_view name) {
+                return line.size() >= name.size() && upper(line[0]) == name[0] &&
+                       upper(line.substr(0, name.size())) == name;
+            };
+            if (line.empty()) return;
+            hops += is("X-PEER:");
+            from = from || is("FROM:");
+            date = date || is("DATE:");
+            end += line.size();
+            if (end < message.size()) end += message.substr(end, 2) == "\r\n" ? 2 : 1;
+            // The line end that is added to the message would belong to a CR.
+            unended = end == message.size() && message.back() != '\n';
+        }
+    }
+
+    // A line as it is put in at `end`.
+    std::string with(const std::string& line) const { return unended ? "\n" + line : line + "\n"; }
+};
+
+constexpr int most_hops = 50;
+constexpr char too_many_hops[] = "554 Error: too many hops";
+
+// Whether a connection to `to` comes to this listener.
+bool is_own(const asyncore::socket_type& listener, const address& to) {
+    const address own = listener.getsockname();
+    if (own.family == AF_UNIX || to.family == AF_UNIX) {
+        struct stat one {
+        }, other{};
+        return own.family == to.family && ::stat(own.host.c_str(), &one) == 0 && ::stat(to.host.c_str(), &other) == 0 &&
+               one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+    }
+    const auto plain = [](const std::string& host) {   // IPv4, when it is IPv4 in IPv6
+        return lower(host.substr(0, 7)) == "::ffff:" && host.find('.') != host.npos ? host.substr(7) : host;
+    };
+    std::string host = plain(to.host);
+    const std::string here = plain(own.host);
+    if (host == "0.0.0.0") host = "127.0.0.1";   // where a connection to these goes
+    if (host == "::") host = "::1";
+    if ((to.port ? to.port : 25) != own.port) return false;
+    if (host == here) return true;
+    const bool ipv4 = host.find(':') == host.npos;
+    const bool takes_ipv4 = own.family == AF_INET || listener.getsockopt(IPPROTO_IPV6, IPV6_V6ONLY) == 0;
+    if (!(here == "0.0.0.0" && ipv4) && !(here == "::" && (takes_ipv4 || !ipv4))) return false;
+    try {   // An address that can be bound is this host's.
+        const address target = asyncore::getaddrinfo({host, 0}).front();
+        asyncore::socket_type(target.family, SOCK_STREAM).bind(target);
+        return true;
+    } catch (const std::system_error&) {
+        return false;
+    }
+}
+
+void check_next(const SMTPServer& server, const address& next) {
+    std::vector<address> targets;
+    try {
+        if (!next.none()) targets = asyncore::getaddrinfo(next);
+    } catch (const std::system_error&) {
+        // a name that isn't known yet
+    }
+    for (const auto& target : targets)
+        if (is_own(*server.socket, target)) throw std::invalid_argument("it would send to itself: " + next.str());
 }
 
 }   // namespace
 
 PureProxy::~PureProxy() {
-    for (SMTP* session : std::exchange(deliveries_, {})) part_with(*session);
+    for (SMTP* session : std::exchange(deliveries_, {})) session->abandon();
+}
+
+void PureProxy::check() const { check_next(*this, _remoteaddr); }
+
+void PureProxy::stop(std::chrono::milliseconds grace) {
+    *stop_by_ = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
+    SMTPServer::stop(grace);
 }
 
 std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::socket_type> sock,
@@ -1854,6 +2058,7 @@ std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::
 std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
     auto session = to == side::lists ? std::make_unique<LMTP>(settings.map, settings.upstream)
                                      : std::make_unique<SMTP>(settings.map, settings.upstream);
+    session->stop_by_ = stop_by_;
     if (settings.fqdn.find('.') != settings.fqdn.npos) session->local_hostname = settings.fqdn;
     return session;
 }
@@ -1863,49 +2068,49 @@ const address& PureProxy::address_of(side to) const { return to == side::lists ?
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
                                                       const message_options& kwargs) {
-    std::string message = std::move(data);
-    insert_header(message, "X-Peer: " + peer_host(peer));
-    relay(side::upstream, mailfrom, rcpttos, std::move(message), kwargs,
-          [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
+    const header top(data);
+    if (top.hops > most_hops) return too_many_hops;
+    relay(
+        side::upstream, mailfrom, rcpttos,
+        std::make_shared<const letter>(letter{std::move(data), top.with("X-Peer: " + peer_host(peer)), top.end, true}),
+        kwargs, [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
     return std::nullopt;
 }
 
-void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
-                      const message_options& kwargs, SMTP::handler then) {
-    data += '\n';   // the last line's end, which was half of the end of data
+void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
+                      std::shared_ptr<const letter> message, const message_options& kwargs, SMTP::handler then) {
     ProxyChannel* channel = kwargs.proxy_channel();
-    if (!channel || !channel->relay(to, mailfrom, rcpttos, data, then))
-        deliver(to, mailfrom, rcpttos, std::move(data), kwargs.mail_options, std::move(then));
+    if (!channel || !channel->relay(to, mailfrom, rcpttos, message, then))
+        deliver(to, mailfrom, rcpttos, std::move(message), kwargs.mail_options, std::move(then));
 }
 
 void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
                          SMTP::handler then) {
-    deliver(side::upstream, mailfrom, rcpttos, std::move(data), {}, std::move(then));
+    deliver(side::upstream, mailfrom, rcpttos, std::make_shared<const letter>(letter{std::move(data)}), {},
+            std::move(then));
 }
 
-void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
-                        const std::vector<std::string>& mail_options, SMTP::handler then) {
+void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
+                        std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options,
+                        SMTP::handler then) {
+    check_handler(then);
     auto session = make_session(to);
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
+    std::vector<std::string> options;   // the size has changed, perhaps
+    for (const auto& option : mail_options)
+        if (option.compare(0, 5, "SIZE=") != 0) options.push_back(option);
     const auto done = [&it, then](const reply& said) {
         it.quit();
         then(said);
     };
     deliveries_.insert(&it);
     it.on_close = [this, &it] { deliveries_.erase(&it); };
-    const auto message = std::make_shared<std::string>(std::move(data));
-    std::vector<std::string> options;   // the size has changed, perhaps
-    for (const auto& option : mail_options)
-        if (option.compare(0, 5, "SIZE=") != 0) options.push_back(option);
-    it.connect(address_of(to), [&it, done, mailfrom, recipients, message, options](const reply& greeting) {
-        if (greeting.code != 220) return done(greeting);
-        it.ehlo_or_helo_if_needed([&it, done, mailfrom, recipients, message, options](const reply& answer) {
-            if (answer.code != 250) return done(answer);
-            it.sendmail(mailfrom, recipients, std::move(*message), options, true,
-                        [done](const reply& last, const auto&) { done(last); });
-        });
+    it.open(address_of(to), [&it, done, mailfrom, recipients, message, options](const reply& answer) {
+        if (answer.code != 250) return done(answer);
+        it.send_letter(mailfrom, recipients, message, options, true,
+                       [done](const reply& last, const auto&) { done(last); });
     });
     if (it._fileno >= 0) _map->own(std::move(session));
 }
@@ -1939,23 +2144,6 @@ struct list_address {
     }
 };
 
-std::string lower(std::string text) {
-    for (char& c : text)
-        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-    return text;
-}
-
-// Whether the header has a line of that name.
-bool has_header(std::string_view data, std::string_view name) {
-    for (std::string_view line; !data.empty();) {
-        take_line(data, line);
-        if (line.empty()) return false;
-        if (line.size() > name.size() && line[name.size()] == ':' && upper(line.substr(0, name.size())) == name)
-            return true;
-    }
-    return false;
-}
-
 // The time as RFC 5322 has it, in UTC.
 std::string date_now() {
     static const char* const days[] = {"Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"};
@@ -1978,8 +2166,19 @@ bool MailmanProxy::list_exists(const std::string& listname, const std::string& d
     };
     if (!harmless(listname) || !harmless(domain)) return false;
     struct stat status {};
-    const std::string folder = settings.mailman_lists + "/" + listname + "." + domain;
-    return ::stat(folder.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+    const auto look = [&](const std::string& path) { return ::stat(path.c_str(), &status) == 0 ? 0 : errno; };
+    int err = look(settings.mailman_lists + "/" + listname + "." + domain);
+    if (err == 0) return S_ISDIR(status.st_mode);
+    // There is no such list only where there is a folder of lists.
+    if (err == ENOENT || err == ENAMETOOLONG) err = look(settings.mailman_lists + "/.");
+    if (err) throw std::system_error(err, std::generic_category(), settings.mailman_lists);
+    return false;
+}
+
+void MailmanProxy::check() const {
+    PureProxy::check();
+    check_next(*this, settings.mailman_lmtp);
+    list_exists("lists", "invalid");
 }
 
 PureProxy::side MailmanProxy::route(const std::string& recipient) const {
@@ -1997,35 +2196,46 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
-    // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
-    const std::vector<std::string> others(recipients.begin() + 1, recipients.end());
-    SMTP::handler next = then;
-    if (!others.empty())
-        next = [this, mailfrom, others, message, kwargs, then](const reply& said) {
-            said.code == 250 ? enqueue(mailfrom, others, message, kwargs, then) : then(said);
-        };
-    relay(side::lists, mailfrom, {recipients.front()}, std::move(message), kwargs, next);
+    enqueue_next(mailfrom, recipients, std::make_shared<const letter>(letter{std::move(message), "", 0, true}), kwargs,
+                 std::move(then));
 }
 
+// Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
+void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients,
+                                std::shared_ptr<const letter> message, const message_options& kwargs,
+                                SMTP::handler then) {
+    const std::string first = recipients.front();
+    recipients.erase(recipients.begin());
+    relay(side::lists, mailfrom, {first}, message, kwargs, [=](const reply& said) {
+        said.code != 250 || recipients.empty() ? then(said) : enqueue_next(mailfrom, recipients, message, kwargs, then);
+    });
+}
+
+// The message is one string throughout: upstream's first, then that of the lists.
 std::optional<std::string> MailmanProxy::process_message(const address&, const std::string& mailfrom,
                                                          const std::vector<std::string>& rcpttos, std::string&& data,
                                                          const message_options& kwargs) {
     std::vector<std::string> listrcpts, rest;
     for (const auto& recipient : rcpttos) (route(recipient) == side::lists ? listrcpts : rest).push_back(recipient);
-    const SMTP::handler finish = [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); };
-    SMTP::handler then = finish;
-    if (!listrcpts.empty()) {
-        std::string message = data;
-        if (!has_header(message, "FROM")) insert_header(message, "From: " + mailfrom);
-        if (!has_header(message, "DATE")) insert_header(message, "Date: " + date_now());
-        then = [this, mailfrom, listrcpts, message, kwargs, finish](const reply& said) {
-            said.code == 250 ? enqueue(mailfrom, listrcpts, message, kwargs, finish) : finish(said);
-        };
-    }
-    if (rest.empty())
-        then({250, ""});
-    else
-        relay(side::upstream, mailfrom, rest, std::move(data), kwargs, then);
+    const header top(data);
+    if (top.hops > most_hops) return too_many_hops;
+    std::string added;
+    if (!top.from) added += top.with("From: " + mailfrom);
+    if (!top.date) added += top.with("Date: " + date_now());
+    const auto message = std::make_shared<letter>(letter{std::move(data), "", 0, true});
+    const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
+        const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
+        if (said.code != 250 || listrcpts.empty()) return finish(said);
+        std::string text = std::move(message->text);
+        if (!added.empty()) {
+            std::string longer;
+            longer.reserve(text.size() + added.size());
+            longer.append(text, 0, top.end).append(added).append(text, top.end, text.npos);
+            text = std::move(longer);
+        }
+        enqueue(mailfrom, listrcpts, std::move(text), kwargs, finish);
+    };
+    rest.empty() ? then({250, ""}) : relay(side::upstream, mailfrom, rest, message, kwargs, then);
     return std::nullopt;
 }
 

@@ -33,6 +33,7 @@ class SMTPChannel;
 class SMTPServer;
 class PureProxy;
 class ProxyChannel;
+struct letter;
 
 // The banner's text; the number is this project's. smtpd.py: __version__
 inline constexpr std::string_view version = "C++ SMTP proxy version 1.0.0";
@@ -281,7 +282,9 @@ class SMTPServer : public asyncore::dispatcher {
 
     // Stops listening; each channel says 421, those with a message in hand when they have done with it, all of
     // them within `grace`. The loop goes on until they are gone.
-    void stop(std::chrono::milliseconds grace);
+    virtual void stop(std::chrono::milliseconds grace);
+    // Throws when it can't do its work as it is set up. The program asks once, when it has dropped its privileges.
+    virtual void check() const {}
 
     bool readable() override { return !resting_; }
     asyncore::clock::time_point deadline() override;
@@ -337,6 +340,10 @@ struct reply {
 //     session->connect({"mail.example", 25}, [](const smtpd::reply& greeting) { ... });
 //     if (session->_fileno >= 0) asyncore::socket_map.own(std::move(session));
 //
+// A session that its map owns may be ended by any handler, its own included: quit() or close(). One that you own must
+// not be destroyed in its own handler or on_close. Destroyed while an answer is awaited, it calls on_close and nothing
+// else. A handler that is null is std::invalid_argument; what on_close throws is logged.
+//
 // smtplib.py: SMTP
 class SMTP : public asynchat::async_chat {
   public:
@@ -357,7 +364,9 @@ class SMTP : public asynchat::async_chat {
     // (POSIX has nothing better); when an address does not answer, the next one is tried. An error that is known
     // at once is reported at once. smtplib.py: SMTP.connect
     void connect(const asyncore::address& server, handler then);
-    using async_chat::connect;
+    void connect(const asyncore::address& server) override;   // the greeting is nobody's concern
+    // The same as far as EHLO, or HELO: 250, or what stopped it.
+    void open(const asyncore::address& server, handler then);
 
     // smtplib.py: SMTP.docmd
     void docmd(const std::string& cmd, handler then);
@@ -374,7 +383,8 @@ class SMTP : public asynchat::async_chat {
     // smtplib.py: SMTP.rcpt
     void rcpt(const std::string& recipient, handler then);
     // Sends DATA and the message: every line end becomes CR LF, dots are doubled, a last line end is added when it
-    // is missing. The answer is the last one, or that to DATA when it is not 354. smtplib.py: SMTP.data
+    // is missing. The answer is the last one, or that to DATA when it is not 354; any yes to the message is 250.
+    // smtplib.py: SMTP.data
     void data(std::string msg, handler then);
     // smtplib.py: SMTP.rset
     void rset(handler then);
@@ -382,13 +392,15 @@ class SMTP : public asynchat::async_chat {
     void quit();
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
     // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
-    // stopped it. smtplib.py: SMTP.sendmail
+    // stopped it. An address that is not ASCII takes a server with SMTPUTF8. smtplib.py: SMTP.sendmail
     void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
                   const std::vector<std::string>& mail_options, bool all,
                   std::function<void(const reply&, const refused&)> then);
 
     // Calls nobody any more.
     void forget();
+    // forget() and quit(): for a session that is of no use any more.
+    void abandon() noexcept;
 
     void collect_incoming_data(std::string_view data) override;
     void found_terminator() override;
@@ -406,12 +418,20 @@ class SMTP : public asynchat::async_chat {
     virtual std::size_t data_replies(std::size_t /*recipients*/) const { return 1; }
 
   private:
+    friend class PureProxy;
+    friend class ProxyChannel;
     struct mailing;
     void attempt();
     void expect(handler then, std::chrono::milliseconds wait);
-    void report(const reply& answer);
+    void report(reply answer);
     void fail(const std::string& why);
+    void say_closed();
+    bool stopped() const;
+    void say_DATA(std::shared_ptr<const letter> message, handler then);
     void send_message();
+    void send_letter(const std::string& from_addr, const std::vector<std::string>& to_addrs,
+                     std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options, bool all,
+                     std::function<void(const reply&, const refused&)> then);
     std::string own_name() const;
 
     timeouts wait_;
@@ -420,7 +440,8 @@ class SMTP : public asynchat::async_chat {
     std::vector<asyncore::address> candidates_;   // addresses not tried yet
     std::string line_, why_;
     reply answer_, worst_;
-    std::string message_;
+    std::shared_ptr<const letter> message_;
+    std::shared_ptr<const asyncore::clock::time_point> stop_by_;   // of the proxy that it works for
     enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
     awaited next_ = awaited::answer;
     bool gone_out_ = false;   // the message has, to its last dot
@@ -468,6 +489,8 @@ class PureProxy : public SMTPServer {
     ~PureProxy() override;
     std::string class_name() const override { return "smtpd.PureProxy"; }
     bool relays() const override { return true; }
+    void check() const override;                           // the next server must be another one
+    void stop(std::chrono::milliseconds grace) override;   // the sessions with the next server end with the channels
     std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                const asyncore::address& addr) override;
 
@@ -493,16 +516,20 @@ class PureProxy : public SMTPServer {
     virtual bool asks_at_MAIL() const { return true; }
     // Sends the message on the transaction that the client's channel has open there, or by a connection of its own
     // when a subclass has changed the envelope. `then` gets the answer.
-    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
-               const message_options& kwargs, SMTP::handler then);
+    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
+               std::shared_ptr<const letter> message, const message_options& kwargs, SMTP::handler then);
 
   private:
-    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
-                 const std::vector<std::string>& mail_options, SMTP::handler then);
+    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
+                 std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options,
+                 SMTP::handler then);
     std::unique_ptr<SMTP> make_session(side to) const;
     const asyncore::address& address_of(side to) const;
 
     std::set<SMTP*> deliveries_;   // sessions of deliver()
+    // When all sessions end, whoever uses them: see stop().
+    std::shared_ptr<asyncore::clock::time_point> stop_by_ =
+        std::make_shared<asyncore::clock::time_point>(asyncore::clock::time_point::max());
 };
 
 // The channel of a proxy: it holds a transaction with each side while its client holds one with us.
@@ -524,6 +551,7 @@ class ProxyChannel : public SMTPChannel {
     struct lane {
         SMTP* session = nullptr;             // owned by the map
         bool begun = false;                  // it has accepted MAIL
+        bool utf8 = false;                   // with SMTPUTF8
         bool stale = false;                  // it may know of a transaction: RSET before the next one
         std::string mailfrom;                // as it was told
         std::vector<std::string> accepted;   // recipients that it has accepted, as the client calls them
@@ -537,7 +565,8 @@ class ProxyChannel : public SMTPChannel {
     void say_MAIL(PureProxy::side to, SMTP::handler then);
     void say_RCPT(PureProxy::side to, const deferred_reply& reply);
     bool relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
-               std::string& data, SMTP::handler then);
+               std::shared_ptr<const letter> message, SMTP::handler then);
+    void lose();
     std::string refusal(PureProxy::side from, const reply& said);
     void dismiss(lane& it);
     void answer_lost() override;
@@ -560,7 +589,10 @@ class MailmanProxy : public PureProxy {
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const message_options& kwargs) override;
 
-    // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists.
+    void check() const override;   // and list_exists() must be able to tell
+
+    // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists. Throws
+    // std::system_error when that can't be told: the recipient gets 451.
     virtual bool list_exists(const std::string& listname, const std::string& domain) const;
     // Gives Mailman the message for its recipients, and `then` the answer. Here: by LMTP. Without a
     // settings.mailman_lmtp the recipients are accepted because list_exists() says so, and this is to be overridden.
@@ -571,6 +603,10 @@ class MailmanProxy : public PureProxy {
     side route(const std::string& recipient) const override;
     std::string address_for(side to, const std::string& recipient) const override;
     bool asks_at_MAIL() const override { return false; }
+
+  private:
+    void enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients,
+                      std::shared_ptr<const letter> message, const message_options& kwargs, SMTP::handler then);
 };
 
 // ---------------------------------------------------------------------------------------------------------

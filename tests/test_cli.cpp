@@ -678,10 +678,10 @@ TEST(cli, open_relay_warning) {
         return true;
     };
     CHECK(told({"-n"}, "0.0.0.0"));   // PureProxy, since no class is named
-    CHECK(told({"-n", "-c", "MailmanProxy"}, "0.0.0.0"));
+    CHECK(told({"-n", "-c", "MailmanProxy", "--mailman-lists", "."}, "0.0.0.0"));
     CHECK(!told({"-n", "-c", "DebuggingServer"}, "0.0.0.0"));
     CHECK(!told({"-n"}, "127.0.0.1"));
-    CHECK(!told({"-n", "-c", "MailmanProxy"}, "127.0.0.1"));
+    CHECK(!told({"-n", "-c", "MailmanProxy", "--mailman-lists", "."}, "127.0.0.1"));
     if (!has_ipv6()) return;
     CHECK(told({"-n"}, "[::]"));
     CHECK(!told({"-n"}, "[::1]"));

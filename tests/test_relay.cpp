@@ -759,8 +759,8 @@ TEST(relay, options_are_passed_on_where_they_are_offered) {
         scene here(use_poll, with);
         here.up.extensions = it.offered;
         if (it.offered.empty()) here.up.script["EHLO"] = {says("502 5.5.1 what?")};
-        CHECK_EQ(here.client.ask("MAIL FROM:<\xc3\xa4@client.test>" + it.said), it.told);
-        if (it.told == OK) CHECK_EQ(here.up.heard[0].back(), "MAIL FROM:<\xc3\xa4@client.test>" + it.heard);
+        CHECK_EQ(here.client.ask("MAIL FROM:<a@client.test>" + it.said), it.told);
+        if (it.told == OK) CHECK_EQ(here.up.heard[0].back(), "MAIL FROM:<a@client.test>" + it.heard);
         // The session goes on, on the same connection.
         CHECK_EQ(here.client.ask("RSET"), OK);
         CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body + "\xc3\xa4\xff"), RELAYED);
@@ -1019,14 +1019,13 @@ TEST(relay, a_filter_passes_later) {
         later();
         later = nullptr;
         if (stopped) {
-            here.run_until([&] { return here.up.messages.size() == 1; });
-            here.wait_until_upstream_is_left();
+            // The grace is over, and the client was not told 250.
+            here.run_until([&] { return here.map.size() == 1; });
         } else {
             CHECK_EQ(here.client.answer(), TAKEN);
             here.finish();
         }
-        CHECK_EQ(here.up.accepted("tagged-1"), 1u);
-        CHECK_EQ(here.up.heard.size(), stopped ? 2u : 1u);
+        CHECK_EQ(here.up.accepted("tagged-1"), stopped ? 0u : 1u);
     }
 }
 
