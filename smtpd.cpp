@@ -1839,7 +1839,8 @@ void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
     if (!it.session) return reply.answer(refusal(to, {}));
     if (!it.utf8 && !is_ascii(rcpttos.back())) {
         rcpttos.pop_back();
-        return reply.answer("550 Error: SMTPUTF8 was not declared");
+        const bool offered = it.session->has_extn("SMTPUTF8");
+        return reply.answer(offered ? "550 Error: SMTPUTF8 was not declared" : no_SMTPUTF8.line());
     }
     it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it, reply](const auto& said) {
         if (said.code == 250 || said.code == 251) {
