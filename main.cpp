@@ -90,15 +90,57 @@ struct Options {
     asyncore::address local{"localhost", 8025}, remote{"localhost", 25};
 };
 
+// A decimal number; nothing when it is not one, or too large.
+std::optional<std::size_t> number(const std::string& text) {
+    if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return std::nullopt;
+    const unsigned long long value = std::stoull(text);
+    return value <= SIZE_MAX ? std::optional(static_cast<std::size_t>(value)) : std::nullopt;
+}
+
+// host:port, or [host]:port; `kind` is for the complaint.
+asyncore::address parse_spec(const std::string& spec, const std::string& kind) {
+    const std::size_t bracket = spec.empty() || spec[0] != '[' ? spec.npos : spec.find("]:");
+    const std::size_t colon = bracket == spec.npos ? spec.find(':') : bracket + 1;
+    if (colon == spec.npos) usage(1, "Bad " + kind + " spec: " + spec);
+    const auto port = number(spec.substr(colon + 1));
+    if (!port || *port > 65535) usage(1, "Bad " + kind + " port: " + spec);
+    const std::string host = bracket == spec.npos ? spec.substr(0, colon) : spec.substr(1, bracket - 1);
+    return {host, static_cast<int>(*port)};
+}
+
+void print_version(Options&, const std::string&) {
+    std::cout << smtpd::version << std::endl;
+    std::exit(0);
+}
+
+void set_size(Options& options, const std::string& value) {
+    const auto size = number(value);
+    if (!size) {
+        std::cerr << "Invalid size: " << value << '\n';
+        std::exit(1);
+    }
+    options.with.data_size_limit = *size;
+}
+
 struct option {
-    char letter;   // below ' ': there is no short form
+    char letter;   // 0: there is no short form
     std::string name;
     bool takes_value;
+    void (*set)(Options& options, const std::string& value);
 };
 
-const option known_options[] = {{'c', "class", true},     {'n', "nosetuid", false},      {'V', "version", false},
-                                {'h', "help", false},     {'s', "size", true},           {'d', "debug", false},
-                                {'u', "smtputf8", false}, {'\1', "mailman-lists", true}, {'\2', "mailman-lmtp", true}};
+const option known_options[] = {
+    {'n', "nosetuid", false, [](auto& options, auto&) { options.setuid = false; }},
+    {'V', "version", false, print_version},
+    {'h', "help", false, [](auto&, auto&) { usage(0); }},
+    {'c', "class", true, [](auto& options, auto& value) { options.classname = value; }},
+    {'s', "size", true, set_size},
+    {'u', "smtputf8", false, [](auto& options, auto&) { options.with.enable_SMTPUTF8 = true; }},
+    {'d', "debug", false, [](auto&, auto&) { smtpd::DEBUGSTREAM.rdbuf(std::cerr.rdbuf()); }},
+    {0, "mailman-lists", true, [](auto& options, auto& value) { options.with.mailman_lists = value; }},
+    {0, "mailman-lmtp", true,
+     [](auto& options, auto& value) { options.with.mailman_lmtp = parse_spec(value, "LMTP"); }},
+};
 
 // The option that --name means; a unique beginning will do.
 const option& long_option(const std::string& name) {
@@ -115,11 +157,11 @@ const option& long_option(const std::string& name) {
 
 const option& short_option(char letter) {
     for (const auto& candidate : known_options)
-        if (candidate.letter == letter && letter > ' ') return candidate;
+        if (candidate.letter == letter && letter) return candidate;
     usage(1, std::string("option -") + letter + " not recognized");
 }
 
-using given_options = std::vector<std::pair<char, std::string>>;
+using given_options = std::vector<std::pair<const option*, std::string>>;
 
 // Python's getopt: takes the options off the front of `args`.
 given_options getopt(std::vector<std::string>& args) {
@@ -139,80 +181,24 @@ given_options getopt(std::vector<std::string>& args) {
             const std::size_t eq = arg.find('=');
             const option& it = long_option(arg.substr(2, eq == arg.npos ? eq : eq - 2));
             if (eq != arg.npos && !it.takes_value) usage(1, "option --" + it.name + " must not have an argument");
-            given.emplace_back(it.letter, !it.takes_value  ? ""
-                                          : eq != arg.npos ? arg.substr(eq + 1)
-                                                           : value("--" + it.name));
+            given.emplace_back(&it, !it.takes_value ? "" : eq != arg.npos ? arg.substr(eq + 1) : value("--" + it.name));
             continue;
         }
         for (std::size_t i = 1; i < arg.size(); ++i) {
             const option& it = short_option(arg[i]);
-            if (!it.takes_value) {
-                given.emplace_back(it.letter, "");
-                continue;
-            }
-            given.emplace_back(it.letter, i + 1 < arg.size() ? arg.substr(i + 1) : value(std::string("-") + arg[i]));
-            break;
+            const bool glued = it.takes_value && i + 1 < arg.size();
+            given.emplace_back(&it, glued ? arg.substr(i + 1) : it.takes_value ? value(std::string("-") + arg[i]) : "");
+            if (it.takes_value) break;
         }
     }
     args.erase(args.begin(), args.begin() + static_cast<std::ptrdiff_t>(next));
     return given;
 }
 
-// A decimal number; nothing when it is not one, or too large.
-std::optional<std::size_t> number(const std::string& text) {
-    if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return std::nullopt;
-    const unsigned long long value = std::stoull(text);
-    return value <= SIZE_MAX ? std::optional(static_cast<std::size_t>(value)) : std::nullopt;
-}
-
-// host:port, or [host]:port; `kind` is for the complaint.
-asyncore::address parse_spec(const std::string& spec, const std::string& kind) {
-    const std::size_t bracket = spec.empty() || spec[0] != '[' ? spec.npos : spec.find("]:");
-    const std::size_t colon = bracket == spec.npos ? spec.find(':') : bracket + 1;
-    if (colon == spec.npos) usage(1, "Bad " + kind + " spec: " + spec);
-    const auto port = number(spec.substr(colon + 1));
-    if (!port || *port > 65535) usage(1, "Bad " + kind + " port: " + spec);
-    const std::string host = bracket == spec.npos ? spec.substr(0, colon) : spec.substr(1, bracket - 1);
-    return {host, static_cast<int>(*port)};
-}
-
 // smtpd.py: parseargs
 Options parseargs(std::vector<std::string> args) {
     Options options;
-    for (const auto& [letter, value] : getopt(args)) {
-        switch (letter) {
-            case 'h':
-                usage(0);
-            case 'V':
-                std::cout << smtpd::version << std::endl;
-                std::exit(0);
-            case 'n':
-                options.setuid = false;
-                break;
-            case 'c':
-                options.classname = value;
-                break;
-            case 'd':
-                smtpd::DEBUGSTREAM.rdbuf(std::cerr.rdbuf());
-                break;
-            case 'u':
-                options.with.enable_SMTPUTF8 = true;
-                break;
-            case '\1':
-                options.with.mailman_lists = value;
-                break;
-            case '\2':
-                options.with.mailman_lmtp = parse_spec(value, "LMTP");
-                break;
-            case 's':
-                if (const auto size = number(value)) {
-                    options.with.data_size_limit = *size;
-                    break;
-                }
-                std::cerr << "Invalid size: " << value << '\n';
-                std::exit(1);
-        }
-    }
+    for (const auto& [option, value] : getopt(args)) option->set(options, value);
     if (args.size() > 2) {
         std::string all;
         for (const auto& arg : args) all += (all.empty() ? "" : ", ") + arg;

@@ -6,12 +6,14 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
+#include <iomanip>
 #include <iostream>
+#include <locale>
 #include <ostream>
+#include <sstream>
 
 namespace smtpd {
 
@@ -1204,41 +1206,28 @@ std::size_t line_length(std::string_view text) {
 
 }   // namespace
 
-// A message on its way. It is shared by those who send it, and never copied.
-struct letter {
-    std::string text;
-    std::string extra{};   // what goes in before byte `at` of the text
-    std::size_t at = 0;
-    bool one_more = false;   // line end at the end: the one that was half of the end of data
+std::array<std::string_view, 4> letter::parts() const {
+    const std::string_view all = *text;
+    return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
+}
 
-    std::array<std::string_view, 4> parts() const {
-        const std::string_view all = text;
-        return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
-    }
-
-    // Bytes that are sent, before dots are doubled.
-    std::size_t size() const {
-        std::size_t size = 0;
-        char last = '\n';
-        for (const auto part : parts())
-            for (const char c : part) {
-                if (!is_line_end(c))
-                    ++size;
-                else if (c == '\r' || last != '\r')
-                    size += 2;
-                last = c;
-            }
-        return size;
-    }
-};
+std::size_t letter::size() const {
+    std::size_t size = 0;
+    char last = 0;
+    for (const auto part : parts())
+        for (const char c : part) {
+            size += !is_line_end(c) ? 1 : c == '\n' && last == '\r' ? 0 : 2;
+            last = c;
+        }
+    return size;
+}
 
 namespace {
 
 // A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
 class message_producer : public asynchat::producer {
   public:
-    explicit message_producer(std::shared_ptr<const letter> message)
-        : message_(std::move(message)), parts_(message_->parts()) {}
+    explicit message_producer(letter message) : message_(std::move(message)), parts_(message_.parts()) {}
 
     std::string more() override {
         if (done_) return "";
@@ -1270,7 +1259,7 @@ class message_producer : public asynchat::producer {
     }
 
   private:
-    const std::shared_ptr<const letter> message_;
+    const letter message_;
     std::array<std::string_view, 4> parts_;   // what is left of them
     char last_ = '\n';                        // byte that was taken
     bool done_ = false;
@@ -1339,10 +1328,11 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 }
 
 SMTP::~SMTP() {
+    then_ = nullptr;
     try {
         say_closed();
-    } catch (const asyncore::ExitNow&) {
-        // a destructor can't leave the loop
+    } catch (...) {
+        // it is too late to leave the loop
     }
 }
 
@@ -1373,7 +1363,7 @@ void SMTP::attempt() {
             due_ = after(wait_.connect);
             create_socket(next.family);
             return async_chat::connect(next);
-        } catch (const std::system_error& error) {
+        } catch (const std::exception& error) {
             why_ = error.what();
         }
     }
@@ -1469,14 +1459,10 @@ void SMTP::rcpt(const std::string& recipient, handler then) {
     });
 }
 
-void SMTP::data(std::string msg, handler then) {
-    say_DATA(std::make_shared<const letter>(letter{std::move(msg)}), std::move(then));
-}
-
-void SMTP::say_DATA(std::shared_ptr<const letter> message, handler then) {
+void SMTP::data(letter msg, handler then) {
     docmd("DATA", std::move(then));
     if (!connected) return;
-    message_ = std::move(message);
+    message_ = std::make_unique<message_producer>(std::move(msg));
     next_ = awaited::go_ahead;
     due_ = after(wait_.data_initiation);
 }
@@ -1486,7 +1472,7 @@ void SMTP::send_message() {
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
     gone_out_ = false;
     due_ = after(wait_.data_block);
-    push_with_producer(std::make_unique<message_producer>(std::exchange(message_, nullptr)));
+    push_with_producer(std::move(message_));
 }
 
 void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
@@ -1517,7 +1503,7 @@ void SMTP::abandon() noexcept {
 struct SMTP::mailing {
     SMTP& session;
     std::vector<std::string> to_addrs;
-    std::shared_ptr<const letter> message;
+    letter message;
     bool all;
     std::function<void(const reply&, const refused&)> then;
     refused refused_so_far{};
@@ -1527,8 +1513,8 @@ struct SMTP::mailing {
     static void say_RCPT(const std::shared_ptr<mailing>& it) {
         if (it->next == it->to_addrs.size()) {
             if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
-            return it->session.say_DATA(std::move(it->message),
-                                        [it](const reply& answer) { it->then(answer, it->refused_so_far); });
+            return it->session.data(std::move(it->message),
+                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
         }
         it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
             const bool yes = answer.code == 250 || answer.code == 251;
@@ -1540,22 +1526,15 @@ struct SMTP::mailing {
     }
 };
 
-void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
+void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                     const std::vector<std::string>& mail_options, bool all,
                     std::function<void(const reply&, const refused&)> then) {
-    send_letter(from_addr, to_addrs, std::make_shared<const letter>(letter{std::move(msg)}), mail_options, all,
-                std::move(then));
-}
-
-void SMTP::send_letter(const std::string& from_addr, const std::vector<std::string>& to_addrs,
-                       std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options, bool all,
-                       std::function<void(const reply&, const refused&)> then) {
     check_handler(then);
     std::vector<std::string> with;
     const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
     if (connected && !pick_options(*this, mail_options, utf8, with)) return then(no_SMTPUTF8, {});
-    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(message->size()));
-    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(message), all, std::move(then)});
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
+    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
     mail(from_addr, with, [it](const reply& answer) {
         if (answer.code != 250) return it->then(answer, {});
         mailing::say_RCPT(it);
@@ -1639,18 +1618,21 @@ void SMTP::close() {
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
     say_closed();
-    if (then_) std::exchange(then_, nullptr)({-1, why_});
 }
 
-// What on_close throws is no reason to leave who waits for an answer without one.
+// Each of the two is called, whatever the other one throws.
 void SMTP::say_closed() {
     const auto closed = std::exchange(on_close, nullptr);
-    try {
-        if (closed) closed();
-    } catch (const asyncore::ExitNow&) {
-        throw;
-    } catch (...) {
-        log_exception("uncaptured C++ exception in on_close of");
+    const auto then = std::exchange(then_, nullptr);
+    for (const bool first : {true, false}) {
+        try {
+            if (first && closed) closed();
+            if (!first && then) then({-1, why_});
+        } catch (const asyncore::ExitNow&) {
+            throw;
+        } catch (...) {
+            log_exception("uncaptured C++ exception at the end of");
+        }
     }
 }
 
@@ -1671,28 +1653,15 @@ void SMTP::handle_close() {
 }
 
 void SMTP::handle_error() {
-    const auto done = [](auto what) {
-        try {
-            what();
-            return true;
-        } catch (const asyncore::ExitNow&) {
-            throw;
-        } catch (...) {
-            return false;   // there is no more to say
-        }
-    };
-    bool over = false;
     try {
         throw;
     } catch (const std::system_error& error) {
-        over = done([&] {
-            why_ = error.what();
-            connecting ? attempt() : close();
-        });
+        why_ = error.what();
+        if (connecting) return attempt();
     } catch (...) {
         log_exception("uncaptured C++ exception, closing channel");
     }
-    if (!over) done([this] { close(); });
+    close();
 }
 
 asyncore::clock::time_point SMTP::deadline() {
@@ -1783,29 +1752,24 @@ void ProxyChannel::close() {
     dismiss_all();
 }
 
-// Connects to a side, as far as the answer to EHLO.
-void ProxyChannel::connect_to(PureProxy::side to, SMTP::handler then) {
-    lane& it = of(to);
-    auto session = proxy().make_session(to);
-    it.session = session.get();
-    it.session->on_close = [&it] { it.session = nullptr; };
-    session->open(proxy().address_of(to), [this, &it, then](const reply& answer) {
-        if (answer.code != 250) dismiss(it);
-        then(answer);
-    });
-    if (session->_fileno >= 0) _map->own(std::move(session));
-}
-
 // Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between. A session that
 // was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened, once.
 void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    const SMTP::handler unless_lost = [this, to, then](const reply& said) {
+    lane& it = of(to);
+    const SMTP::handler unless_lost = [this, to, &it, then](const reply& said) {
         if (said.code >= 0 && said.code != 421) return then(said);
-        dismiss(of(to));
-        connect_to(to,
-                   [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
+        dismiss(it);
+        auto session = proxy().make_session(to);
+        it.session = session.get();
+        it.session->on_close = [&it] { it.session = nullptr; };
+        session->open(proxy().address_of(to), [this, to, &it, then](const reply& answer) {
+            if (answer.code == 250) return say_MAIL(to, then);
+            dismiss(it);
+            then(answer);
+        });
+        if (session->_fileno >= 0) _map->own(std::move(session));
     };
-    reset(of(to), [this, to, unless_lost](const reply&) { say_MAIL(to, unless_lost); });
+    reset(it, [this, to, unless_lost](const reply&) { say_MAIL(to, unless_lost); });
 }
 
 // Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
@@ -1933,25 +1897,6 @@ void ProxyChannel::smtp_DATA(argument arg) {
     SMTPChannel::smtp_DATA(arg);
 }
 
-// Sends the message on the transaction that is open, when there is one for just these recipients.
-bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
-                         std::shared_ptr<const letter> message, SMTP::handler then) {
-    lane& it = of(to);
-    if (!it.begun || it.mailfrom != sender || it.accepted != recipients) return false;
-    it.begun = false;
-    if (!it.session) {
-        then({});
-        return true;
-    }
-    it.session->say_DATA(std::move(message), [this, &it, then](const reply& said) {
-        it.stale = said.code != 250;
-        it.accepted.clear();
-        if (said.code != 250 && !is_refusal(said)) dismiss(it);
-        then(said);
-    });
-    return true;
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // PureProxy
 // ---------------------------------------------------------------------------------------------------------
@@ -1998,29 +1943,20 @@ constexpr int most_hops = 50;
 constexpr char too_many_hops[] = "554 Error: too many hops";
 
 // Whether a connection to `to` comes to this listener.
-bool is_own(const asyncore::socket_type& listener, const address& to) {
+bool is_own(const asyncore::socket_type& listener, address to) {
     const address own = listener.getsockname();
-    if (own.family == AF_UNIX || to.family == AF_UNIX) {
-        struct stat one {
-        }, other{};
-        return own.family == to.family && ::stat(own.host.c_str(), &one) == 0 && ::stat(to.host.c_str(), &other) == 0 &&
-               one.st_dev == other.st_dev && one.st_ino == other.st_ino;
-    }
-    const auto plain = [](const std::string& host) {   // IPv4, when it is IPv4 in IPv6
-        return lower(host.substr(0, 7)) == "::ffff:" && host.find('.') != host.npos ? host.substr(7) : host;
+    const auto plain = [](std::string host) {   // IPv4, when it is IPv4 in IPv6
+        return host.compare(0, 7, "::ffff:") == 0 && host.find('.') != host.npos ? host.substr(7) : host;
     };
-    std::string host = plain(to.host);
-    const std::string here = plain(own.host);
-    if (host == "0.0.0.0") host = "127.0.0.1";   // where a connection to these goes
-    if (host == "::") host = "::1";
-    if ((to.port ? to.port : 25) != own.port) return false;
-    if (host == here) return true;
-    const bool ipv4 = host.find(':') == host.npos;
-    const bool takes_ipv4 = own.family == AF_INET || listener.getsockopt(IPPROTO_IPV6, IPV6_V6ONLY) == 0;
-    if (!(here == "0.0.0.0" && ipv4) && !(here == "::" && (takes_ipv4 || !ipv4))) return false;
-    try {   // An address that can be bound is this host's.
-        const address target = asyncore::getaddrinfo({host, 0}).front();
-        asyncore::socket_type(target.family, SOCK_STREAM).bind(target);
+    std::string there = plain(to.host);
+    if (there == "0.0.0.0") there = "127.0.0.1";   // where a connection to these goes
+    if (there == "::") there = "::1";
+    if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
+    if (to.port != own.port || there == plain(own.host)) return to.port == own.port;
+    if (own.host != "::" && (own.host != "0.0.0.0" || there.find(':') != there.npos)) return false;
+    try {   // What can be bound is an address of this host.
+        to.port = 0;
+        asyncore::socket_type(to.family, SOCK_STREAM).bind(to);
         return true;
     } catch (const std::system_error&) {
         return false;
@@ -2071,29 +2007,38 @@ std::optional<std::string> PureProxy::process_message(const address& peer, const
                                                       const message_options& kwargs) {
     const header top(data);
     if (top.hops > most_hops) return too_many_hops;
-    relay(
-        side::upstream, mailfrom, rcpttos,
-        std::make_shared<const letter>(letter{std::move(data), top.with("X-Peer: " + peer_host(peer)), top.end, true}),
-        kwargs, [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
+    letter message(std::move(data), true);
+    message.extra = top.with("X-Peer: " + peer_host(peer));
+    message.at = top.end;
+    relay(side::upstream, mailfrom, rcpttos, std::move(message), kwargs,
+          [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
     return std::nullopt;
 }
 
-void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
-                      std::shared_ptr<const letter> message, const message_options& kwargs, SMTP::handler then) {
+// On the transaction that is open, when there is one for just these recipients.
+void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
+                      const message_options& kwargs, SMTP::handler then) {
     ProxyChannel* channel = kwargs.proxy_channel();
-    if (!channel || !channel->relay(to, mailfrom, rcpttos, message, then))
-        deliver(to, mailfrom, rcpttos, std::move(message), kwargs.mail_options, std::move(then));
+    ProxyChannel::lane* it = channel ? &channel->of(to) : nullptr;
+    if (!it || !it->begun || it->mailfrom != mailfrom || it->accepted != rcpttos)
+        return deliver(to, mailfrom, rcpttos, std::move(message), kwargs.mail_options, std::move(then));
+    it->begun = false;
+    if (!it->session) return then({});
+    it->session->data(std::move(message), [channel, it, then](const reply& said) {
+        it->stale = said.code != 250;
+        it->accepted.clear();
+        if (said.code != 250 && !is_refusal(said)) channel->dismiss(*it);
+        then(said);
+    });
 }
 
 void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
                          SMTP::handler then) {
-    deliver(side::upstream, mailfrom, rcpttos, std::make_shared<const letter>(letter{std::move(data)}), {},
-            std::move(then));
+    deliver(side::upstream, mailfrom, rcpttos, std::move(data), {}, std::move(then));
 }
 
-void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
-                        std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options,
-                        SMTP::handler then) {
+void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
+                        const std::vector<std::string>& mail_options, SMTP::handler then) {
     check_handler(then);
     auto session = make_session(to);
     SMTP& it = *session;
@@ -2110,8 +2055,8 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     it.on_close = [this, &it] { deliveries_.erase(&it); };
     it.open(address_of(to), [&it, done, mailfrom, recipients, message, options](const reply& answer) {
         if (answer.code != 250) return done(answer);
-        it.send_letter(mailfrom, recipients, message, options, true,
-                       [done](const reply& last, const auto&) { done(last); });
+        it.sendmail(mailfrom, recipients, message, options, true,
+                    [done](const reply& last, const auto&) { done(last); });
     });
     if (it._fileno >= 0) _map->own(std::move(session));
 }
@@ -2147,16 +2092,12 @@ struct list_address {
 
 // The time as RFC 5322 has it, in UTC.
 std::string date_now() {
-    static const char* const days[] = {"Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"};
-    static const char* const months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun",
-                                         "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
     const std::time_t now = std::time(nullptr);
     std::tm tm{};
-    ::gmtime_r(&now, &tm);
-    char rest[64];
-    std::snprintf(rest, sizeof rest, "%s, %02d %s %d %02d:%02d:%02d +0000", days[tm.tm_wday], tm.tm_mday,
-                  months[tm.tm_mon], tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
-    return rest;
+    std::ostringstream text;
+    text.imbue(std::locale::classic());
+    text << std::put_time(::gmtime_r(&now, &tm), "%a, %d %b %Y %H:%M:%S +0000");
+    return text.str();
 }
 
 }   // namespace
@@ -2197,14 +2138,12 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
-    enqueue_next(mailfrom, recipients, std::make_shared<const letter>(letter{std::move(message), "", 0, true}), kwargs,
-                 std::move(then));
+    enqueue_next(mailfrom, recipients, {std::move(message), true}, kwargs, std::move(then));
 }
 
 // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
-void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients,
-                                std::shared_ptr<const letter> message, const message_options& kwargs,
-                                SMTP::handler then) {
+void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients, letter message,
+                                const message_options& kwargs, SMTP::handler then) {
     const std::string first = recipients.front();
     recipients.erase(recipients.begin());
     relay(side::lists, mailfrom, {first}, message, kwargs, [=](const reply& said) {
@@ -2223,16 +2162,17 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
     std::string added;
     if (!top.from) added += top.with("From: " + mailfrom);
     if (!top.date) added += top.with("Date: " + date_now());
-    const auto message = std::make_shared<letter>(letter{std::move(data), "", 0, true});
+    const letter message(std::move(data), true);
     const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
-        std::string text = std::move(message->text);
-        if (!added.empty()) {
-            std::string longer;
-            longer.reserve(text.size() + added.size());
-            longer.append(text, 0, top.end).append(added).append(text, top.end, text.npos);
-            text = std::move(longer);
+        std::string text;
+        if (added.empty()) {
+            text = std::move(*message.text);
+        } else {
+            text.reserve(message.text->size() + added.size());
+            text.append(*message.text, 0, top.end).append(added).append(*message.text, top.end, text.npos);
+            std::string().swap(*message.text);
         }
         enqueue(mailfrom, listrcpts, std::move(text), kwargs, finish);
     };
@@ -2246,29 +2186,23 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
 
 namespace {
 
-std::map<std::string, server_factory>& known_classes() {
-    static std::map<std::string, server_factory> classes;
-    return classes;
+template <typename Server>
+std::unique_ptr<SMTPServer> make_server(const address& localaddr, const address& remoteaddr, const options& with) {
+    return std::make_unique<Server>(localaddr, remoteaddr, with);
 }
 
-template <typename Server>
-server_factory make_server() {
-    return [](const address& localaddr, const address& remoteaddr, const options& with) {
-        return std::make_unique<Server>(localaddr, remoteaddr, with);
-    };
+std::map<std::string, server_factory>& known_classes() {
+    static std::map<std::string, server_factory> classes{{"SMTPServer", make_server<SMTPServer>},
+                                                         {"DebuggingServer", make_server<DebuggingServer>},
+                                                         {"PureProxy", make_server<PureProxy>},
+                                                         {"MailmanProxy", make_server<MailmanProxy>}};
+    return classes;
 }
 
 }   // namespace
 
 server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
 
-const std::map<std::string, server_factory>& server_class::all() {
-    auto& classes = known_classes();
-    classes.emplace("SMTPServer", make_server<SMTPServer>());
-    classes.emplace("DebuggingServer", make_server<DebuggingServer>());
-    classes.emplace("PureProxy", make_server<PureProxy>());
-    classes.emplace("MailmanProxy", make_server<MailmanProxy>());
-    return classes;
-}
+const std::map<std::string, server_factory>& server_class::all() { return known_classes(); }
 
 }   // namespace smtpd

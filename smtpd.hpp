@@ -21,6 +21,7 @@
 #ifndef SMTPD_HPP
 #define SMTPD_HPP
 
+#include <array>
 #include <functional>
 #include <map>
 #include <set>
@@ -33,7 +34,6 @@ class SMTPChannel;
 class SMTPServer;
 class PureProxy;
 class ProxyChannel;
-struct letter;
 
 // The banner's text; the number is this project's. smtpd.py: __version__
 inline constexpr std::string_view version = "C++ SMTP proxy version 1.0.0";
@@ -332,6 +332,20 @@ struct reply {
     std::string line() const;   // as it is sent: "250 OK"; a line each with its code when there are several
 };
 
+// A message to be sent: a string; its copies share the text.
+struct letter {
+    std::shared_ptr<std::string> text;
+    std::string extra{};   // goes in before byte `at` of the text
+    std::size_t at = 0;
+    bool one_more;   // line end at the end: that of a last line, which was half of the end of data
+
+    letter(std::string message, bool one_more_line_end = false)
+        : text(std::make_shared<std::string>(std::move(message))), one_more(one_more_line_end) {}
+    letter(const char* message) : letter(std::string(message)) {}
+    std::array<std::string_view, 4> parts() const;
+    std::size_t size() const;   // bytes with CR LF line ends, before dots are doubled
+};
+
 // A session with a server, from the client's side, in the same loop as everything else. One command at a time:
 // each method sends one and gives its answer to `then`, once, also when the connection is lost (code -1, or
 // 421; the session is closed then). Give it to its map once it has begun to connect:
@@ -385,7 +399,7 @@ class SMTP : public asynchat::async_chat {
     // Sends DATA and the message: every line end becomes CR LF, dots are doubled, a last line end is added when it
     // is missing. The answer is the last one, or that to DATA when it is not 354; any yes to the message is 250.
     // smtplib.py: SMTP.data
-    void data(std::string msg, handler then);
+    void data(letter msg, handler then);
     // smtplib.py: SMTP.rset
     void rset(handler then);
     // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
@@ -393,7 +407,7 @@ class SMTP : public asynchat::async_chat {
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
     // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
     // stopped it. An address that is not ASCII takes a server with SMTPUTF8. smtplib.py: SMTP.sendmail
-    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
+    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                   const std::vector<std::string>& mail_options, bool all,
                   std::function<void(const reply&, const refused&)> then);
 
@@ -419,7 +433,6 @@ class SMTP : public asynchat::async_chat {
 
   private:
     friend class PureProxy;
-    friend class ProxyChannel;
     struct mailing;
     void attempt();
     void expect(handler then, std::chrono::milliseconds wait);
@@ -427,11 +440,7 @@ class SMTP : public asynchat::async_chat {
     void fail(const std::string& why);
     void say_closed();
     bool stopped() const;
-    void say_DATA(std::shared_ptr<const letter> message, handler then);
     void send_message();
-    void send_letter(const std::string& from_addr, const std::vector<std::string>& to_addrs,
-                     std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options, bool all,
-                     std::function<void(const reply&, const refused&)> then);
     std::string own_name() const;
 
     timeouts wait_;
@@ -440,7 +449,7 @@ class SMTP : public asynchat::async_chat {
     std::vector<asyncore::address> candidates_;   // addresses not tried yet
     std::string line_, why_;
     reply answer_, worst_;
-    std::shared_ptr<const letter> message_;
+    std::unique_ptr<asynchat::producer> message_;
     std::shared_ptr<const asyncore::clock::time_point> stop_by_;   // of the proxy that it works for
     enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
     awaited next_ = awaited::answer;
@@ -516,13 +525,12 @@ class PureProxy : public SMTPServer {
     virtual bool asks_at_MAIL() const { return true; }
     // Sends the message on the transaction that the client's channel has open there, or by a connection of its own
     // when a subclass has changed the envelope. `then` gets the answer.
-    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
-               std::shared_ptr<const letter> message, const message_options& kwargs, SMTP::handler then);
+    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
+               const message_options& kwargs, SMTP::handler then);
 
   private:
-    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos,
-                 std::shared_ptr<const letter> message, const std::vector<std::string>& mail_options,
-                 SMTP::handler then);
+    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
+                 const std::vector<std::string>& mail_options, SMTP::handler then);
     std::unique_ptr<SMTP> make_session(side to) const;
     const asyncore::address& address_of(side to) const;
 
@@ -559,13 +567,10 @@ class ProxyChannel : public SMTPChannel {
     ProxyChannel* proxy_channel() override { return this; }
     PureProxy& proxy() const;
     lane& of(PureProxy::side side) { return lanes_[static_cast<std::size_t>(side)]; }
-    void connect_to(PureProxy::side to, SMTP::handler then);
     void begin(PureProxy::side to, SMTP::handler then);
     void reset(lane& it, SMTP::handler then);
     void say_MAIL(PureProxy::side to, SMTP::handler then);
     void say_RCPT(PureProxy::side to, const deferred_reply& reply);
-    bool relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
-               std::shared_ptr<const letter> message, SMTP::handler then);
     void lose();
     std::string refusal(PureProxy::side from, const reply& said);
     void dismiss(lane& it);
@@ -605,8 +610,8 @@ class MailmanProxy : public PureProxy {
     bool asks_at_MAIL() const override { return false; }
 
   private:
-    void enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients,
-                      std::shared_ptr<const letter> message, const message_options& kwargs, SMTP::handler then);
+    void enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients, letter message,
+                      const message_options& kwargs, SMTP::handler then);
 };
 
 // ---------------------------------------------------------------------------------------------------------
