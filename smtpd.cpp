@@ -1190,16 +1190,11 @@ bool is_line_end(char c) { return c == '\r' || c == '\n'; }
 // CR has a line in each byte.
 std::size_t line_length(std::string_view text) {
     std::size_t length = 0;
-    while (length < 16 && length < text.size() && !is_line_end(text[length])) ++length;
-    if (length < 16) return length;
     for (std::size_t window = 64; length < text.size(); window *= 2) {
         const std::string_view part = text.substr(length, window);
-        const auto* lf = static_cast<const char*>(std::memchr(part.data(), '\n', part.size()));
-        std::size_t found = lf ? static_cast<std::size_t>(lf - part.data()) : part.size();
-        const auto* cr = static_cast<const char*>(std::memchr(part.data(), '\r', found));
-        if (cr) found = static_cast<std::size_t>(cr - part.data());
-        length += found;
-        if (found < part.size()) break;
+        const std::size_t found = std::min(part.find('\n'), part.find('\r'));
+        length += std::min(found, part.size());
+        if (found != part.npos) break;
     }
     return length;
 }
@@ -1271,6 +1266,14 @@ asyncore::clock::time_point after(std::chrono::milliseconds time) {
     return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
 }
 
+void no_delay(asyncore::socket_type& socket) {
+    try {
+        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
+    } catch (const std::system_error&) {
+        // not a TCP socket
+    }
+}
+
 // Nothing may end a command early.
 void check_command(const std::string& cmd) {
     if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
@@ -1283,15 +1286,15 @@ void check_handler(const Handler& then) {
     if (!then) throw std::invalid_argument("there is no handler for the answer");
 }
 
-// Picks the options of a client's MAIL that the next server offers to take, and SMTPUTF8 when an address needs it
-// (Python forgets that). False: it lacks that.
-bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool utf8,
+// Picks the options of a client's MAIL that the next server offers to take, its SIZE among them or not; and SMTPUTF8
+// when an address needs it (Python forgets that). False: the server lacks that.
+bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
                   std::vector<std::string>& with) {
     for (const auto& option : mail_options) {
         const std::string name = option.substr(0, option.find('='));
         if (name == "SMTPUTF8")
             utf8 = true;
-        else if (session.has_extn(name == "BODY" ? "8BITMIME" : name))
+        else if (session.has_extn(name == "BODY" ? "8BITMIME" : name) && (size || name != "SIZE"))
             with.push_back(option);
     }
     if (utf8) with.emplace_back("SMTPUTF8");
@@ -1328,16 +1331,12 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 }
 
 SMTP::~SMTP() {
-    then_ = nullptr;
+    const handler dropped = std::exchange(then_, nullptr);
     try {
         say_closed();
     } catch (...) {
         // it is too late to leave the loop
     }
-}
-
-void SMTP::connect(const address& server) {
-    connect(server, [](const reply&) {});
 }
 
 void SMTP::connect(const address& server, handler then) {
@@ -1375,11 +1374,7 @@ void SMTP::handle_connect() {
     const address own = socket->getsockname();
     if (own.family != AF_UNIX && own.repr() == socket->getpeername().repr())
         throw std::system_error(ECONNREFUSED, std::generic_category(), "connect");
-    try {
-        socket->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // the last piece of a message shall not wait for an answer
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
+    no_delay(*socket);   // the last piece of a message shall not wait for an answer
     candidates_.clear();
     due_ = after(wait_.greeting);
     next_ = awaited::greeting;
@@ -1532,7 +1527,7 @@ void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>
     check_handler(then);
     std::vector<std::string> with;
     const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
-    if (connected && !pick_options(*this, mail_options, utf8, with)) return then(no_SMTPUTF8, {});
+    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return then(no_SMTPUTF8, {});
     if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
     auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
     mail(from_addr, with, [it](const reply& answer) {
@@ -1598,10 +1593,7 @@ void SMTP::report(reply answer) {
     const bool leaving = quitting_;
     if (over || surplus) close();
     then(decisive);
-    if (leaving && connected) {
-        due_ = after(wait_.quit);
-        async_chat::push("QUIT\r\n");
-    }
+    if (leaving && connected) quit();
 }
 
 void SMTP::fail(const std::string& why) {
@@ -1728,11 +1720,7 @@ ProxyChannel* message_options::proxy_channel() const {
 
 ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from) {
-    try {
-        conn->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // answers come one by one: none shall wait for another
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
+    no_delay(*conn);   // answers come one by one: none shall wait for another
 }
 
 ProxyChannel::~ProxyChannel() { dismiss_all(); }
@@ -1788,7 +1776,7 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     if (!it.session) return then({});
     std::vector<std::string> with;
     const bool utf8 = !is_ascii(mailfrom) || (!rcpttos.empty() && !is_ascii(rcpttos.back()));
-    if (!pick_options(*it.session, mail_options, utf8, with)) return then(no_SMTPUTF8);
+    if (!pick_options(*it.session, mail_options, true, utf8, with)) return then(no_SMTPUTF8);
     it.utf8 = !with.empty() && with.back() == "SMTPUTF8";
     it.stale = true;
     it.mailfrom = mailfrom;
@@ -1920,11 +1908,10 @@ struct header {
     explicit header(std::string_view message) {
         while (!unended) {
             const std::string_view line = message.substr(end, line_length(message.substr(end)));
-            const auto is = [&](std::string_view name) {
-                return line.size() >= name.size() && upper(line[0]) == name[0] &&
-                       upper(line.substr(0, name.size())) == name;
-            };
             if (line.empty()) return;
+            const auto is = [&](std::string_view name) {
+                return upper(line[0]) == name[0] && upper(line.substr(0, name.size())) == name;
+            };
             hops += is("X-PEER:");
             from = from || is("FROM:");
             date = date || is("DATE:");
@@ -2044,18 +2031,15 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
-    std::vector<std::string> options;   // the size has changed, perhaps
-    for (const auto& option : mail_options)
-        if (option.compare(0, 5, "SIZE=") != 0) options.push_back(option);
     const auto done = [&it, then](const reply& said) {
         it.quit();
         then(said);
     };
     deliveries_.insert(&it);
     it.on_close = [this, &it] { deliveries_.erase(&it); };
-    it.open(address_of(to), [&it, done, mailfrom, recipients, message, options](const reply& answer) {
+    it.open(address_of(to), [&it, done, mailfrom, recipients, message, mail_options](const reply& answer) {
         if (answer.code != 250) return done(answer);
-        it.sendmail(mailfrom, recipients, message, options, true,
+        it.sendmail(mailfrom, recipients, message, mail_options, true,
                     [done](const reply& last, const auto&) { done(last); });
     });
     if (it._fileno >= 0) _map->own(std::move(session));
@@ -2167,13 +2151,9 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
         std::string text;
-        if (added.empty()) {
-            text = std::move(*message.text);
-        } else {
-            text.reserve(message.text->size() + added.size());
-            text.append(*message.text, 0, top.end).append(added).append(*message.text, top.end, text.npos);
-            std::string().swap(*message.text);
-        }
+        text.reserve(message.text->size() + added.size());
+        text.append(*message.text, 0, top.end).append(added).append(*message.text, top.end, text.npos);
+        std::string().swap(*message.text);   // upstream has it
         enqueue(mailfrom, listrcpts, std::move(text), kwargs, finish);
     };
     rest.empty() ? then({250, ""}) : relay(side::upstream, mailfrom, rest, message, kwargs, then);

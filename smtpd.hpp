@@ -378,7 +378,9 @@ class SMTP : public asynchat::async_chat {
     // (POSIX has nothing better); when an address does not answer, the next one is tried. An error that is known
     // at once is reported at once. smtplib.py: SMTP.connect
     void connect(const asyncore::address& server, handler then);
-    void connect(const asyncore::address& server) override;   // the greeting is nobody's concern
+    void connect(const asyncore::address& server) override {
+        connect(server, [](const reply&) {});
+    }
     // The same as far as EHLO, or HELO: 250, or what stopped it.
     void open(const asyncore::address& server, handler then);
 

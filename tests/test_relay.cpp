@@ -825,6 +825,7 @@ TEST(relay, no_message_costs_more_than_its_size) {
 // X-Peer, options
 // ---------------------------------------------------------------------------------------------------------
 
+// Deviation 51
 TEST(relay, X_Peer_is_the_last_header_line) {
     struct row {
         std::string name, wire;
@@ -842,7 +843,7 @@ TEST(relay, X_Peer_is_the_last_header_line) {
         {"Hello, no header\r\nat all\r\n", "Hello, no header\r\nat all\r\n" + X},
         {"A: 1\n\nHello\r\n", "A: 1\r\n" + X + "\r\nHello\r\n"},
         {"X-Peer: forged\r\n\r\nHello\r\n", "X-Peer: forged\r\n" + X + "\r\nHello\r\n"},
-        // The first empty line is the one that is sent, whatever its ends are here. Deviation 51
+        // The first empty line is the one that is sent, whatever its ends are here.
         {"Subject: a\r\rbody\r\n\r\nmore\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n\r\nmore\r\n"},
         {"Subject: a\n\rbody\r\n\r\nmore\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n\r\nmore\r\n"},
         {"Subject: a\r\n\rbody\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n"},
