@@ -1187,9 +1187,11 @@ namespace {
 bool is_line_end(char c) { return c == '\r' || c == '\n'; }
 
 // Bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of bare
-// CR has a line in each byte.
+// CR has a line in each byte. A call costs more than a few bytes do, so the first ones are looked at one by one.
 std::size_t line_length(std::string_view text) {
     std::size_t length = 0;
+    while (length < 4 && length < text.size() && !is_line_end(text[length])) ++length;
+    if (length < 4) return length;
     for (std::size_t window = 64; length < text.size(); window *= 2) {
         const std::string_view part = text.substr(length, window);
         const std::size_t found = std::min(part.find('\n'), part.find('\r'));
@@ -1231,23 +1233,35 @@ class message_producer : public asynchat::producer {
         std::string piece(std::min<std::size_t>(2 * left + 5, 65536), '\0');
         char* out = piece.data();
         const char* const end = out + piece.size();
+        char last = last_;   // locals are what a loop of bytes needs
+        std::size_t column = column_;
         for (auto& part : parts_) {
-            while (!part.empty() && end - out > 2) {
-                std::size_t taken = 1;
-                if (is_line_end(part[0])) {
-                    if (part[0] == '\r' || last_ != '\r') out = std::copy_n("\r\n", 2, out);
+            const char* in = part.data();
+            const char* const in_end = in + part.size();
+            while (in != in_end && end - out > 2) {
+                const char c = *in++;
+                if (is_line_end(c)) {
+                    if (c == '\r' || last != '\r') *out++ = '\r', *out++ = '\n';
+                    column = 0;
                 } else {
-                    if (part[0] == '.' && is_line_end(last_)) *out++ = '.';
-                    taken = line_length(part.substr(0, static_cast<std::size_t>(end - out)));
-                    out = std::copy_n(part.data(), taken, out);
+                    if (c == '.' && column == 0) *out++ = '.';
+                    *out++ = c;
+                    if (++column >= 4) {   // the rest of a line that is not so short
+                        const auto room = static_cast<std::size_t>(std::min(in_end - in, end - out));
+                        const std::size_t length = line_length({in, room});
+                        out = std::copy_n(in, length, out);
+                        in += length;
+                    }
                 }
-                last_ = part[taken - 1];
-                part.remove_prefix(taken);
-                left -= taken;
+                last = c;
             }
+            left -= static_cast<std::size_t>(in - part.data());
+            part.remove_prefix(static_cast<std::size_t>(in - part.data()));
         }
+        last_ = last;
+        column_ = column;
         done_ = left == 0 && end - out >= 5;
-        if (done_ && !is_line_end(last_)) out = std::copy_n("\r\n", 2, out);
+        if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
         if (done_) out = std::copy_n(".\r\n", 3, out);
         piece.resize(static_cast<std::size_t>(out - piece.data()));
         return piece;
@@ -1256,7 +1270,8 @@ class message_producer : public asynchat::producer {
   private:
     const letter message_;
     std::array<std::string_view, 4> parts_;   // what is left of them
-    char last_ = '\n';                        // byte that was taken
+    char last_ = '\n';                        // a byte of the last ones that were taken: CR, when that was one
+    std::size_t column_ = 0;
     bool done_ = false;
 };
 
