@@ -8,6 +8,7 @@
 #include <pwd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstdint>
@@ -142,53 +143,44 @@ const option known_options[] = {
      [](auto& options, auto& value) { options.with.mailman_lmtp = parse_spec(value, "LMTP"); }},
 };
 
-// The option that --name means; a unique beginning will do.
-const option& long_option(const std::string& name) {
+// The option that -n or --name means; a unique beginning of a long name will do.
+const option& find_option(const std::string& shown) {
+    const bool is_long = shown[1] == '-';
     const option* found = nullptr;
     for (const auto& candidate : known_options) {
-        if (candidate.name == name) return candidate;
-        if (candidate.name.compare(0, name.size(), name) != 0) continue;
-        if (found) usage(1, "option --" + name + " not a unique prefix");
+        const std::string name = is_long ? "--" + candidate.name : std::string("-") + candidate.letter;
+        if (name == shown) return candidate;
+        if (!is_long || name.compare(0, shown.size(), shown) != 0) continue;
+        if (found) usage(1, "option " + shown + " not a unique prefix");
         found = &candidate;
     }
-    if (!found) usage(1, "option --" + name + " not recognized");
+    if (!found) usage(1, "option " + shown + " not recognized");
     return *found;
 }
 
-const option& short_option(char letter) {
-    for (const auto& candidate : known_options)
-        if (candidate.letter == letter && letter) return candidate;
-    usage(1, std::string("option -") + letter + " not recognized");
-}
-
-using given_options = std::vector<std::pair<const option*, std::string>>;
-
 // Python's getopt: takes the options off the front of `args`.
-given_options getopt(std::vector<std::string>& args) {
-    given_options given;
+std::vector<std::pair<const option*, std::string>> getopt(std::vector<std::string>& args) {
+    std::vector<std::pair<const option*, std::string>> given;
     std::size_t next = 0;
-    const auto value = [&](const std::string& shown) {
-        if (++next == args.size()) usage(1, "option " + shown + " requires argument");
-        return args[next];
-    };
-    for (; next < args.size() && args[next].size() > 1 && args[next][0] == '-'; ++next) {
+    for (bool over = false; !over && next < args.size() && args[next].size() > 1 && args[next][0] == '-'; ++next) {
         const std::string arg = args[next];
-        if (arg == "--") {
-            ++next;
-            break;
-        }
-        if (arg[1] == '-') {
-            const std::size_t eq = arg.find('=');
-            const option& it = long_option(arg.substr(2, eq == arg.npos ? eq : eq - 2));
-            if (eq != arg.npos && !it.takes_value) usage(1, "option --" + it.name + " must not have an argument");
-            given.emplace_back(&it, !it.takes_value ? "" : eq != arg.npos ? arg.substr(eq + 1) : value("--" + it.name));
-            continue;
-        }
-        for (std::size_t i = 1; i < arg.size(); ++i) {
-            const option& it = short_option(arg[i]);
-            const bool glued = it.takes_value && i + 1 < arg.size();
-            given.emplace_back(&it, glued ? arg.substr(i + 1) : it.takes_value ? value(std::string("-") + arg[i]) : "");
-            if (it.takes_value) break;
+        const bool is_long = arg[1] == '-';
+        over = arg == "--";
+        for (std::size_t i = is_long ? 0 : 1, end; !over && i < arg.size(); i = end) {
+            end = is_long ? std::min(arg.find('='), arg.size()) : i + 1;
+            const option& it = find_option(is_long ? arg.substr(0, end) : std::string("-") + arg[i]);
+            const std::string name = is_long ? "--" + it.name : std::string("-") + it.letter;
+            std::string value;
+            if (it.takes_value && end == arg.size()) {
+                if (++next == args.size()) usage(1, "option " + name + " requires argument");
+                value = args[next];
+            } else if (it.takes_value) {
+                value = arg.substr(is_long ? end + 1 : end);
+                end = arg.size();
+            } else if (is_long && end < arg.size()) {
+                usage(1, "option " + name + " must not have an argument");
+            }
+            given.emplace_back(&it, value);
         }
     }
     args.erase(args.begin(), args.begin() + static_cast<std::ptrdiff_t>(next));
