@@ -8,6 +8,7 @@
 #include <pwd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstdint>
@@ -90,74 +91,6 @@ struct Options {
     asyncore::address local{"localhost", 8025}, remote{"localhost", 25};
 };
 
-struct option {
-    char letter;   // below ' ': there is no short form
-    std::string name;
-    bool takes_value;
-};
-
-const option known_options[] = {{'c', "class", true},     {'n', "nosetuid", false},      {'V', "version", false},
-                                {'h', "help", false},     {'s', "size", true},           {'d', "debug", false},
-                                {'u', "smtputf8", false}, {'\1', "mailman-lists", true}, {'\2', "mailman-lmtp", true}};
-
-// The option that --name means; a unique beginning will do.
-const option& long_option(const std::string& name) {
-    const option* found = nullptr;
-    for (const auto& candidate : known_options) {
-        if (candidate.name == name) return candidate;
-        if (candidate.name.compare(0, name.size(), name) != 0) continue;
-        if (found) usage(1, "option --" + name + " not a unique prefix");
-        found = &candidate;
-    }
-    if (!found) usage(1, "option --" + name + " not recognized");
-    return *found;
-}
-
-const option& short_option(char letter) {
-    for (const auto& candidate : known_options)
-        if (candidate.letter == letter && letter > ' ') return candidate;
-    usage(1, std::string("option -") + letter + " not recognized");
-}
-
-using given_options = std::vector<std::pair<char, std::string>>;
-
-// Python's getopt: takes the options off the front of `args`.
-given_options getopt(std::vector<std::string>& args) {
-    given_options given;
-    std::size_t next = 0;
-    const auto value = [&](const std::string& shown) {
-        if (++next == args.size()) usage(1, "option " + shown + " requires argument");
-        return args[next];
-    };
-    for (; next < args.size() && args[next].size() > 1 && args[next][0] == '-'; ++next) {
-        const std::string arg = args[next];
-        if (arg == "--") {
-            ++next;
-            break;
-        }
-        if (arg[1] == '-') {
-            const std::size_t eq = arg.find('=');
-            const option& it = long_option(arg.substr(2, eq == arg.npos ? eq : eq - 2));
-            if (eq != arg.npos && !it.takes_value) usage(1, "option --" + it.name + " must not have an argument");
-            given.emplace_back(it.letter, !it.takes_value  ? ""
-                                          : eq != arg.npos ? arg.substr(eq + 1)
-                                                           : value("--" + it.name));
-            continue;
-        }
-        for (std::size_t i = 1; i < arg.size(); ++i) {
-            const option& it = short_option(arg[i]);
-            if (!it.takes_value) {
-                given.emplace_back(it.letter, "");
-                continue;
-            }
-            given.emplace_back(it.letter, i + 1 < arg.size() ? arg.substr(i + 1) : value(std::string("-") + arg[i]));
-            break;
-        }
-    }
-    args.erase(args.begin(), args.begin() + static_cast<std::ptrdiff_t>(next));
-    return given;
-}
-
 // A decimal number; nothing when it is not one, or too large.
 std::optional<std::size_t> number(const std::string& text) {
     if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return std::nullopt;
@@ -176,43 +109,88 @@ asyncore::address parse_spec(const std::string& spec, const std::string& kind) {
     return {host, static_cast<int>(*port)};
 }
 
+void print_version(Options&, const std::string&) {
+    std::cout << smtpd::version << std::endl;
+    std::exit(0);
+}
+
+void set_size(Options& options, const std::string& value) {
+    const auto size = number(value);
+    if (!size) {
+        std::cerr << "Invalid size: " << value << '\n';
+        std::exit(1);
+    }
+    options.with.data_size_limit = *size;
+}
+
+struct option {
+    char letter;   // 0: there is no short form
+    std::string name;
+    bool takes_value;
+    void (*set)(Options& options, const std::string& value);
+};
+
+const option known_options[] = {
+    {'n', "nosetuid", false, [](auto& options, auto&) { options.setuid = false; }},
+    {'V', "version", false, print_version},
+    {'h', "help", false, [](auto&, auto&) { usage(0); }},
+    {'c', "class", true, [](auto& options, auto& value) { options.classname = value; }},
+    {'s', "size", true, set_size},
+    {'u', "smtputf8", false, [](auto& options, auto&) { options.with.enable_SMTPUTF8 = true; }},
+    {'d', "debug", false, [](auto&, auto&) { smtpd::DEBUGSTREAM.rdbuf(std::cerr.rdbuf()); }},
+    {0, "mailman-lists", true, [](auto& options, auto& value) { options.with.mailman_lists = value; }},
+    {0, "mailman-lmtp", true,
+     [](auto& options, auto& value) { options.with.mailman_lmtp = parse_spec(value, "LMTP"); }},
+};
+
+// The option that -n or --name means; a unique beginning of a long name will do.
+const option& find_option(const std::string& shown) {
+    const bool is_long = shown[1] == '-';
+    const option* found = nullptr;
+    for (const auto& candidate : known_options) {
+        const std::string name = is_long ? "--" + candidate.name : std::string("-") + candidate.letter;
+        if (name == shown) return candidate;
+        if (!is_long || name.compare(0, shown.size(), shown) != 0) continue;
+        if (found) usage(1, "option " + shown + " not a unique prefix");
+        found = &candidate;
+    }
+    if (!found) usage(1, "option " + shown + " not recognized");
+    return *found;
+}
+
+// Python's getopt: takes the options off the front of `args`.
+std::vector<std::pair<const option*, std::string>> getopt(std::vector<std::string>& args) {
+    std::vector<std::pair<const option*, std::string>> given;
+    std::size_t next = 0;
+    for (bool over = false; !over && next < args.size() && args[next].size() > 1 && args[next][0] == '-'; ++next) {
+        const std::string arg = args[next];
+        const bool is_long = arg[1] == '-';
+        over = arg == "--";
+        for (std::size_t i = is_long ? 0 : 1, end; !over && i < arg.size(); i = end) {
+            end = is_long ? std::min(arg.find('='), arg.size()) : i + 1;
+            const option& it = find_option(is_long ? arg.substr(0, end) : std::string("-") + arg[i]);
+            const std::string name = is_long ? "--" + it.name : std::string("-") + it.letter;
+            std::string value;
+            if (it.takes_value && end == arg.size()) {
+                if (++next == args.size()) usage(1, "option " + name + " requires argument");
+                value = args[next];
+            } else if (it.takes_value) {
+                value = arg.substr(is_long ? end + 1 : end);
+                end = arg.size();
+            } else if (is_long && end < arg.size()) {
+                usage(1, "option " + name + " must not have an argument");
+            }
+            given.emplace_back(&it, value);
+        }
+    }
+    args.erase(args.begin(), args.begin() + static_cast<std::ptrdiff_t>(next));
+    return given;
+}
+
 // smtpd.py: parseargs
 Options parseargs(std::vector<std::string> args) {
     Options options;
-    for (const auto& [letter, value] : getopt(args)) {
-        switch (letter) {
-            case 'h':
-                usage(0);
-            case 'V':
-                std::cout << smtpd::version << std::endl;
-                std::exit(0);
-            case 'n':
-                options.setuid = false;
-                break;
-            case 'c':
-                options.classname = value;
-                break;
-            case 'd':
-                smtpd::DEBUGSTREAM.rdbuf(std::cerr.rdbuf());
-                break;
-            case 'u':
-                options.with.enable_SMTPUTF8 = true;
-                break;
-            case '\1':
-                options.with.mailman_lists = value;
-                break;
-            case '\2':
-                options.with.mailman_lmtp = parse_spec(value, "LMTP");
-                break;
-            case 's':
-                if (const auto size = number(value)) {
-                    options.with.data_size_limit = *size;
-                    break;
-                }
-                std::cerr << "Invalid size: " << value << '\n';
-                std::exit(1);
-        }
-    }
+    for (const auto& [option, value] : getopt(args)) option->set(options, value);
     if (args.size() > 2) {
         std::string all;
         for (const auto& arg : args) all += (all.empty() ? "" : ", ") + arg;
@@ -247,7 +225,8 @@ extern "C" void on_signal(int) {
 }
 
 // SIGINT and SIGTERM end the program when the messages in hand are done, or after a while; the second one at
-// once, by the signal's own default.
+// once, by the signal's own default. So does the loss of the listener, which asyncore closes when it fails: nothing
+// would come any more.
 class signal_watch : public asyncore::file_dispatcher {
   public:
     explicit signal_watch(smtpd::SMTPServer& server) : file_dispatcher(signal_pipe[0]), server_(server) {
@@ -257,10 +236,19 @@ class signal_watch : public asyncore::file_dispatcher {
         for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
     }
     bool writable() override { return false; }
+    asyncore::clock::time_point deadline() override {
+        return server_.accepting ? asyncore::clock::time_point::max() : asyncore::clock::time_point::min();
+    }
+    void handle_timeout() override {
+        lost = true;
+        handle_read();
+    }
     void handle_read() override {
         server_.stop(std::chrono::seconds(10));
         close();
     }
+
+    bool lost = false;
 
   private:
     smtpd::SMTPServer& server_;
@@ -286,6 +274,7 @@ static int run(const std::vector<std::string>& args) {
         return 1;
     }
     if (options.setuid) become_nobody();
+    server->check();
     if (server->relays() && !is_loopback(server->socket->getsockname()))
         std::cerr << program << ": warning: whoever can reach " << options.local.str()
                   << " can send mail anywhere through it\n";
@@ -293,7 +282,8 @@ static int run(const std::vector<std::string>& args) {
     ::fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
     signal_watch watch(*server);
     asyncore::loop();
-    return 0;
+    if (watch.lost) std::cerr << program << ": the listener on " << options.local.str() << " was closed by an error\n";
+    return watch.lost;
 }
 
 int main(int argc, char** argv) {

@@ -9,8 +9,11 @@
 #include <cerrno>
 #include <cstring>
 #include <ctime>
+#include <iomanip>
 #include <iostream>
+#include <locale>
 #include <ostream>
+#include <sstream>
 
 namespace smtpd {
 
@@ -1280,60 +1283,109 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
 
 namespace {
 
-// Takes the first line off `text`, its line end too, whichever of CR LF, CR or LF that is. False: it had none.
-bool take_line(std::string_view& text, std::string_view& line) {
-    const auto* lf = static_cast<const char*>(std::memchr(text.data(), '\n', text.size()));
-    std::size_t end = lf ? static_cast<std::size_t>(lf - text.data()) : text.size();
-    const auto* cr = static_cast<const char*>(std::memchr(text.data(), '\r', end));
-    if (cr) end = static_cast<std::size_t>(cr - text.data());
-    line = text.substr(0, end);
-    if (end == text.size()) {
-        text = {};
-        return false;
+bool is_line_end(char c) { return c == '\r' || c == '\n'; }
+
+// Bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of bare
+// CR has a line in each byte. A call costs more than a few bytes do, so the first ones are looked at one by one.
+std::size_t line_length(std::string_view text) {
+    std::size_t length = 0;
+    while (length < 4 && length < text.size() && !is_line_end(text[length])) ++length;
+    if (length < 4) return length;
+    for (std::size_t window = 64; length < text.size(); window *= 2) {
+        const std::string_view part = text.substr(length, window);
+        const std::size_t found = std::min(part.find('\n'), part.find('\r'));
+        length += std::min(found, part.size());
+        if (found != part.npos) break;
     }
-    text.remove_prefix(text.substr(end, 2) == "\r\n" ? end + 2 : end + 1);
-    return true;
+    return length;
 }
 
-// A message as it is sent after 354, its last dot included.
+}   // namespace
+
+std::array<std::string_view, 4> letter::parts() const {
+    const std::string_view all = *text;
+    return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
+}
+
+std::size_t letter::size() const {
+    std::size_t size = 0;
+    char last = 0;
+    for (const auto part : parts())
+        for (const char c : part) {
+            size += !is_line_end(c) ? 1 : c == '\n' && last == '\r' ? 0 : 2;
+            last = c;
+        }
+    return size;
+}
+
+namespace {
+
+// A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
 class message_producer : public asynchat::producer {
   public:
-    explicit message_producer(std::string message) : message_(std::move(message)), rest_(message_) {}
-
-    bool done() const { return done_; }
+    explicit message_producer(letter message) : message_(std::move(message)), parts_(message_.parts()) {}
 
     std::string more() override {
-        std::string piece;
-        if (done_) return piece;
-        piece.reserve(std::min<std::size_t>(rest_.size(), 65536) + 128);
-        std::string_view line;
-        while (!rest_.empty() && piece.size() < 65536) {
-            take_line(rest_, line);
-            if (!line.empty() && line[0] == '.') piece += '.';
-            piece.append(line).append("\r\n");
+        if (done_) return "";
+        std::size_t left = 0;
+        for (const auto part : parts_) left += part.size();
+        std::string piece(std::min<std::size_t>(2 * left + 5, 65536), '\0');
+        char* out = piece.data();
+        const char* const end = out + piece.size();
+        char last = last_;   // locals are what a loop of bytes needs
+        std::size_t column = column_;
+        for (auto& part : parts_) {
+            const char* in = part.data();
+            const char* const in_end = in + part.size();
+            while (in != in_end && end - out > 2) {
+                const char c = *in++;
+                if (is_line_end(c)) {
+                    if (c == '\r' || last != '\r') *out++ = '\r', *out++ = '\n';
+                    column = 0;
+                } else {
+                    if (c == '.' && column == 0) *out++ = '.';
+                    *out++ = c;
+                    if (++column >= 4) {   // the rest of a line that is not so short
+                        const auto room = static_cast<std::size_t>(std::min(in_end - in, end - out));
+                        const std::size_t length = line_length({in, room});
+                        out = std::copy_n(in, length, out);
+                        in += length;
+                    }
+                }
+                last = c;
+            }
+            left -= static_cast<std::size_t>(in - part.data());
+            part.remove_prefix(static_cast<std::size_t>(in - part.data()));
         }
-        done_ = rest_.empty();
-        if (done_) piece += ".\r\n";
+        last_ = last;
+        column_ = column;
+        done_ = left == 0 && end - out >= 5;
+        if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
+        if (done_) out = std::copy_n(".\r\n", 3, out);
+        piece.resize(static_cast<std::size_t>(out - piece.data()));
         return piece;
     }
 
   private:
-    std::string message_;
-    std::string_view rest_;
+    const letter message_;
+    std::array<std::string_view, 4> parts_;   // what is left of them
+    char last_ = '\n';                        // a byte of the last ones that were taken: CR, when that was one
+    std::size_t column_ = 0;
     bool done_ = false;
 };
-
-// Bytes of a message with CR LF line ends, before dots are doubled.
-std::size_t size_on_the_wire(std::string_view message) {
-    std::size_t size = 0;
-    for (std::string_view line; !message.empty();) size += (take_line(message, line) ? 2 : 0) + line.size();
-    return size;
-}
 
 // When that time has passed from now on; 0 is never.
 asyncore::clock::time_point after(std::chrono::milliseconds time) {
     const bool ends = time.count() > 0 && time < for_ever;
     return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
+}
+
+void no_delay(asyncore::socket_type& socket) {
+    try {
+        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
+    } catch (const std::system_error&) {
+        // not a TCP socket
+    }
 }
 
 // Nothing may end a command early.
@@ -1342,16 +1394,25 @@ void check_command(const std::string& cmd) {
         throw std::invalid_argument("command and arguments contain prohibited newline characters");
 }
 
-// Picks the options of a client's MAIL that the next server offers to take. False: it lacks one that is needed.
-bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, std::vector<std::string>& with) {
+// Throws when a method is given none.
+template <typename Handler>
+void check_handler(const Handler& then) {
+    if (!then) throw std::invalid_argument("there is no handler for the answer");
+}
+
+// Picks the options of a client's MAIL that the next server offers to take, its SIZE among them or not; and SMTPUTF8
+// when an address needs it (Python forgets that). False: the server lacks that.
+bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
+                  std::vector<std::string>& with) {
     for (const auto& option : mail_options) {
         const std::string name = option.substr(0, option.find('='));
-        if (session.has_extn(name == "BODY" ? "8BITMIME" : name))
+        if (name == "SMTPUTF8")
+            utf8 = true;
+        else if (session.has_extn(name == "BODY" ? "8BITMIME" : name) && (size || name != "SIZE"))
             with.push_back(option);
-        else if (name == "SMTPUTF8")
-            return false;
     }
-    return true;
+    if (utf8) with.emplace_back("SMTPUTF8");
+    return !utf8 || session.has_extn("SMTPUTF8");
 }
 
 const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
@@ -1384,7 +1445,12 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 }
 
 SMTP::~SMTP() {
-    if (on_close) on_close();
+    const handler dropped = std::exchange(then_, nullptr);
+    try {
+        say_closed();
+    } catch (...) {
+        // it is too late to leave the loop
+    }
 }
 
 void SMTP::connect(const address& server, handler then) {
@@ -1410,7 +1476,7 @@ void SMTP::attempt() {
             due_ = after(wait_.connect);
             create_socket(next.family);
             return async_chat::connect(next);
-        } catch (const std::system_error& error) {
+        } catch (const std::exception& error) {
             why_ = error.what();
         }
     }
@@ -1422,17 +1488,21 @@ void SMTP::handle_connect() {
     const address own = socket->getsockname();
     if (own.family != AF_UNIX && own.repr() == socket->getpeername().repr())
         throw std::system_error(ECONNREFUSED, std::generic_category(), "connect");
-    try {
-        socket->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // the last piece of a message shall not wait for an answer
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
+    no_delay(*socket);   // the last piece of a message shall not wait for an answer
     candidates_.clear();
     due_ = after(wait_.greeting);
     next_ = awaited::greeting;
 }
 
+void SMTP::open(const address& server, handler then) {
+    check_handler(then);
+    connect(server, [this, then](const reply& greeting) {
+        greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
+    });
+}
+
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
+    check_handler(then);
     if (then_) throw std::logic_error("one command at a time");
     then_ = std::move(then);
     due_ = after(wait);
@@ -1442,18 +1512,22 @@ void SMTP::expect(handler then, std::chrono::milliseconds wait) {
 
 void SMTP::docmd(const std::string& cmd, handler then) {
     check_command(cmd);
+    check_handler(then);
     if (!connected) return then({-1, "not connected"});
     expect(std::move(then), wait_.command);
     async_chat::push(cmd + "\r\n");
 }
 
 void SMTP::ehlo(handler then) {
+    check_handler(then);
     docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
         does_esmtp = answer.code == 250;
         esmtp_features.clear();
-        std::string_view rest = answer.text, line;
-        for (take_line(rest, line); does_esmtp && !rest.empty();) {
-            take_line(rest, line);
+        std::size_t end = answer.text.find('\n');
+        while (does_esmtp && end != std::string::npos) {
+            const std::size_t start = end + 1;
+            end = answer.text.find('\n', start);
+            const std::string_view line = std::string_view(answer.text).substr(start, end - start);
             const std::size_t space = std::min(line.find_first_of(" ="), line.size());
             esmtp_features[upper(line.substr(0, space))] = strip(line.substr(std::min(space + 1, line.size())));
         }
@@ -1464,6 +1538,7 @@ void SMTP::ehlo(handler then) {
 void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
 
 void SMTP::ehlo_or_helo_if_needed(handler then) {
+    check_handler(then);
     ehlo([this, then](const reply& answer) {
         if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
         helo(then);
@@ -1472,7 +1547,7 @@ void SMTP::ehlo_or_helo_if_needed(handler then) {
 
 // The name to greet with; an address literal when there is no better one.
 std::string SMTP::own_name() const {
-    if (!local_hostname.empty()) return local_hostname;
+    if (!local_hostname.empty() || !connected) return local_hostname;
     const address own = socket->getsockname();
     if (own.family == AF_UNIX) return "localhost";
     return (own.family == AF_INET6 ? "[IPv6:" : "[") + own.host + "]";
@@ -1486,16 +1561,17 @@ void SMTP::mail(const std::string& sender, const std::vector<std::string>& with,
 }
 
 void SMTP::rcpt(const std::string& recipient, handler then) {
+    check_handler(then);
     docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
         if (answer.code == 250 || answer.code == 251) ++accepted_;
         then(answer);
     });
 }
 
-void SMTP::data(std::string msg, handler then) {
+void SMTP::data(letter msg, handler then) {
     docmd("DATA", std::move(then));
     if (!connected) return;
-    message_ = std::move(msg);
+    message_ = std::make_unique<message_producer>(std::move(msg));
     next_ = awaited::go_ahead;
     due_ = after(wait_.data_initiation);
 }
@@ -1503,20 +1579,19 @@ void SMTP::data(std::string msg, handler then) {
 void SMTP::send_message() {
     next_ = awaited::end;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
-    auto source = std::make_unique<message_producer>(std::exchange(message_, {}));
     gone_out_ = false;
     due_ = after(wait_.data_block);
-    push_with_producer(std::move(source));
+    push_with_producer(std::move(message_));
 }
 
 void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
 
 void SMTP::quit() {
     // A message without its last dot is none.
-    if (!connected || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
+    if (!connected || stopped() || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
     quitting_ = true;
+    due_ = std::min(due_, after(wait_.quit));   // first: if QUIT can't even be said, the session still ends
     if (!then_) async_chat::push("QUIT\r\n");
-    due_ = std::min(due_, after(wait_.quit));
 }
 
 void SMTP::forget() {
@@ -1524,11 +1599,20 @@ void SMTP::forget() {
     if (then_) then_ = [](const reply&) {};
 }
 
+void SMTP::abandon() noexcept {
+    try {
+        forget();
+        quit();
+    } catch (...) {
+        // it ends when it is due
+    }
+}
+
 // What sendmail() keeps between one command and the next.
 struct SMTP::mailing {
     SMTP& session;
     std::vector<std::string> to_addrs;
-    std::string msg;
+    letter message;
     bool all;
     std::function<void(const reply&, const refused&)> then;
     refused refused_so_far{};
@@ -1538,7 +1622,7 @@ struct SMTP::mailing {
     static void say_RCPT(const std::shared_ptr<mailing>& it) {
         if (it->next == it->to_addrs.size()) {
             if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
-            return it->session.data(std::move(it->msg),
+            return it->session.data(std::move(it->message),
                                     [it](const reply& answer) { it->then(answer, it->refused_so_far); });
         }
         it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
@@ -1551,12 +1635,14 @@ struct SMTP::mailing {
     }
 };
 
-void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
+void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                     const std::vector<std::string>& mail_options, bool all,
                     std::function<void(const reply&, const refused&)> then) {
+    check_handler(then);
     std::vector<std::string> with;
-    if (!pick_options(*this, mail_options, with)) return then(no_SMTPUTF8, {});
-    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(size_on_the_wire(msg)));
+    const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
+    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return then(no_SMTPUTF8, {});
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
     auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
     mail(from_addr, with, [it](const reply& answer) {
         if (answer.code != 250) return it->then(answer, {});
@@ -1587,32 +1673,41 @@ void SMTP::found_terminator() {
     if (!more) report(std::exchange(answer_, {}));
 }
 
-void SMTP::report(const reply& answer) {
+void SMTP::report(reply answer) {
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
     const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
-    const bool yes = next_ == awaited::greeting   ? answer.code == 220
-                     : next_ == awaited::go_ahead ? answer.code == 354
-                                                  : !unfinished;
-    if (!yes && answer.code < 400) return fail("the answer makes no sense");
     const bool surplus = !ac_in_buffer().empty();
-    if (next_ == awaited::go_ahead && yes && !surplus) return send_message();
+    bool yes = !unfinished;
+    switch (next_) {
+        case awaited::greeting:
+            yes = answer.code == 220;
+            break;
+        case awaited::go_ahead:
+            yes = answer.code == 354;
+            if (yes && !surplus) return send_message();
+            break;
+        case awaited::end:
+            // Python: 250 alone. Any other yes would then be a reason to send the message again.
+            if (answer.code / 100 == 2) answer.code = 250;
+            break;
+        case awaited::answer:
+            break;
+    }
+    if (!yes && answer.code < 400) return fail("the answer makes no sense");
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
     const bool over = answer.code == 421 || unfinished;
     if (--replies_left_ > 0 && !over) return;
     // More answers than commands: the one to a message counts, it is the server's to keep now.
     if (surplus && next_ != awaited::end && !over) return fail("there are more answers than commands");
     next_ = awaited::answer;
-    message_ = {};
+    message_ = nullptr;
     due_ = asyncore::clock::time_point::max();
     const handler then = std::exchange(then_, nullptr);
     const reply decisive = worst_;
     const bool leaving = quitting_;
     if (over || surplus) close();
     then(decisive);
-    if (leaving && connected) {
-        due_ = after(wait_.quit);
-        async_chat::push("QUIT\r\n");
-    }
+    if (leaving && connected) quit();
 }
 
 void SMTP::fail(const std::string& why) {
@@ -1628,8 +1723,23 @@ void SMTP::close() {
     }
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
-    if (on_close) std::exchange(on_close, nullptr)();
-    if (then_) std::exchange(then_, nullptr)({-1, why_});
+    say_closed();
+}
+
+// Each of the two is called, whatever the other one throws.
+void SMTP::say_closed() {
+    const auto closed = std::exchange(on_close, nullptr);
+    const auto then = std::exchange(then_, nullptr);
+    for (const bool first : {true, false}) {
+        try {
+            if (first && closed) closed();
+            if (!first && then) then({-1, why_});
+        } catch (const asyncore::ExitNow&) {
+            throw;
+        } catch (...) {
+            log_exception("uncaptured C++ exception at the end of");
+        }
+    }
 }
 
 void SMTP::handle_write() {
@@ -1652,24 +1762,12 @@ void SMTP::handle_error() {
     try {
         throw;
     } catch (const std::system_error& error) {
-        try {
-            why_ = error.what();
-            if (connecting) return attempt();
-        } catch (const asyncore::ExitNow&) {
-            throw;
-        } catch (...) {
-            // there is no more to say
-        }
+        why_ = error.what();
+        if (connecting) return attempt();
     } catch (...) {
         log_exception("uncaptured C++ exception, closing channel");
     }
-    try {
-        close();
-    } catch (const asyncore::ExitNow&) {
-        throw;
-    } catch (...) {
-        // whoever waited has been called
-    }
+    close();
 }
 
 asyncore::clock::time_point SMTP::deadline() {
@@ -1677,10 +1775,13 @@ asyncore::clock::time_point SMTP::deadline() {
         gone_out_ = true;
         due_ = after(wait_.data_termination);
     }
-    return std::min(async_chat::deadline(), due_);
+    return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
 }
 
+bool SMTP::stopped() const { return stop_by_ && *stop_by_ <= asyncore::clock::now(); }
+
 void SMTP::handle_timeout() {
+    if (stopped()) return fail("the server is shutting down");
     if (due_ > asyncore::clock::now()) return async_chat::handle_timeout();
     why_ = "no answer in time";
     connecting ? attempt() : close();
@@ -1699,12 +1800,9 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
         refused = some;
         session.quit();
     };
-    session.connect(server, [&](const reply& greeting) {
-        if (greeting.code != 220) return done(greeting, {});
-        session.ehlo_or_helo_if_needed([&](const reply& answer) {
-            if (answer.code != 250) return done(answer, {});
-            session.sendmail(from_addr, to_addrs, std::move(msg), {}, false, done);
-        });
+    session.open(server, [&](const reply& answer) {
+        if (answer.code != 250) return done(answer, {});
+        session.sendmail(from_addr, to_addrs, std::move(msg), {}, false, done);
     });
     asyncore::loop(30.0, false, &map);
     if (result.code != 250) throw SMTPResponseException(result);
@@ -1729,16 +1827,6 @@ std::string final_answer(const reply& answer) {
 
 }   // namespace
 
-// Ends a session that nobody is interested in any more.
-static void part_with(SMTP& session) noexcept {
-    session.forget();
-    try {
-        session.quit();
-    } catch (...) {
-        // what it was told to do last may fail: nobody listens any more
-    }
-}
-
 ProxyChannel* message_options::proxy_channel() const {
     const auto owed = owed_.lock();
     return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
@@ -1746,11 +1834,7 @@ ProxyChannel* message_options::proxy_channel() const {
 
 ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from) {
-    try {
-        conn->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // answers come one by one: none shall wait for another
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
+    no_delay(*conn);   // answers come one by one: none shall wait for another
 }
 
 ProxyChannel::~ProxyChannel() { dismiss_all(); }
@@ -1758,7 +1842,7 @@ ProxyChannel::~ProxyChannel() { dismiss_all(); }
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
 
 void ProxyChannel::dismiss(lane& it) {
-    if (SMTP* session = std::exchange(it.session, nullptr)) part_with(*session);
+    if (SMTP* session = std::exchange(it.session, nullptr)) session->abandon();
 }
 
 void ProxyChannel::dismiss_all() {
@@ -1770,32 +1854,24 @@ void ProxyChannel::close() {
     dismiss_all();
 }
 
-// Connects to a side, as far as the answer to EHLO.
-void ProxyChannel::connect_to(PureProxy::side to, SMTP::handler then) {
+// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between. A session that
+// was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened, once.
+void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
     lane& it = of(to);
-    auto session = proxy().make_session(to);
-    it.session = session.get();
-    it.session->on_close = [&it] { it.session = nullptr; };
-    session->connect(proxy().address_of(to), [this, &it, then](const reply& greeting) {
-        if (greeting.code != 220) {
+    const SMTP::handler unless_lost = [this, to, &it, then](const reply& said) {
+        if (said.code >= 0 && said.code != 421) return then(said);
+        dismiss(it);
+        auto session = proxy().make_session(to);
+        it.session = session.get();
+        it.session->on_close = [&it] { it.session = nullptr; };
+        session->open(proxy().address_of(to), [this, to, &it, then](const reply& answer) {
+            if (answer.code == 250) return say_MAIL(to, then);
             dismiss(it);
-            return then(greeting);
-        }
-        it.session->ehlo_or_helo_if_needed([this, &it, then](const reply& answer) {
-            if (answer.code != 250) dismiss(it);
             then(answer);
         });
-    });
-    if (session->_fileno >= 0) _map->own(std::move(session));
-}
-
-// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between.
-void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    reset(of(to), [this, to, then](const reply&) {
-        if (of(to).session) return say_MAIL(to, then);
-        connect_to(to,
-                   [this, to, then](const reply& answer) { answer.code == 250 ? say_MAIL(to, then) : then(answer); });
-    });
+        if (session->_fileno >= 0) _map->own(std::move(session));
+    };
+    reset(it, [this, to, unless_lost](const reply&) { say_MAIL(to, unless_lost); });
 }
 
 // Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
@@ -1813,7 +1889,9 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
     lane& it = of(to);
     if (!it.session) return then({});
     std::vector<std::string> with;
-    if (!pick_options(*it.session, mail_options, with)) return then(no_SMTPUTF8);
+    const bool utf8 = !is_ascii(mailfrom) || (!rcpttos.empty() && !is_ascii(rcpttos.back()));
+    if (!pick_options(*it.session, mail_options, true, utf8, with)) return then(no_SMTPUTF8);
+    it.utf8 = !with.empty() && with.back() == "SMTPUTF8";
     it.stale = true;
     it.mailfrom = mailfrom;
     it.session->mail(mailfrom, with, [&it, then](const reply& answer) {
@@ -1825,6 +1903,11 @@ void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
 void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
     lane& it = of(to);
     if (!it.session) return reply.answer(refusal(to, {}));
+    if (!it.utf8 && !is_ascii(rcpttos.back())) {
+        rcpttos.pop_back();
+        const bool offered = it.session->has_extn("SMTPUTF8");
+        return reply.answer(offered ? "550 Error: SMTPUTF8 was not declared" : no_SMTPUTF8.line());
+    }
     it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it, reply](const auto& said) {
         if (said.code == 250 || said.code == 251) {
             it.accepted.push_back(rcpttos.back());
@@ -1835,19 +1918,26 @@ void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
     });
 }
 
-// What the client is told of a no. Anything else that is not a yes ends the transaction, and the session.
+// What the client is told of a no. Anything else that is not a yes ends the session; and the transaction, when it takes
+// along what the client was given a 250 for.
 std::string ProxyChannel::refusal(PureProxy::side from, const reply& said) {
     if (is_refusal(said)) return said.line();
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
-    dismiss(of(from));
+    lane& it = of(from);
+    dismiss(it);
+    it.begun = false;
+    if (proxy().asks_at_MAIL() || !it.accepted.empty()) lose();
+    return not_available;
+}
+
+void ProxyChannel::lose() {
     _set_post_data_state();
     lost_ = true;
-    return not_available;
 }
 
 void ProxyChannel::answer_MAIL() {
     lost_ = false;
-    for (auto& it : lanes_) it.begun = false;   // of a transaction before
+    for (auto& it : lanes_) it.begun = false, it.accepted.clear();   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
     begin(PureProxy::side::upstream, [this, reply = owe()](const auto& said) {
         if (said.code == 250) return reply.answer("250 OK");
@@ -1857,10 +1947,19 @@ void ProxyChannel::answer_MAIL() {
 }
 
 void ProxyChannel::answer_RCPT() {
-    const auto to = proxy().route(rcpttos.back());
+    PureProxy::side to = PureProxy::side::upstream;
+    try {
+        to = proxy().route(rcpttos.back());
+    } catch (const std::system_error&) {
+        log_exception("no way to tell where a recipient's mail goes for");
+        rcpttos.pop_back();
+        return push(not_available);
+    }
     if (proxy().address_of(to).none()) return push("250 OK");
     const deferred_reply reply = owe();
-    if (of(to).begun) return say_RCPT(to, reply);
+    // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
+    const lane& it = of(to);
+    if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return say_RCPT(to, reply);
     begin(to, [this, to, reply](const auto& said) {
         if (said.code == 250) return say_RCPT(to, reply);
         rcpttos.pop_back();
@@ -1868,11 +1967,10 @@ void ProxyChannel::answer_RCPT() {
     });
 }
 
-// Nobody was left to pass an answer on: memory ran out, for one.
+// There was nothing left that could pass an answer on: memory ran out, for one.
 void ProxyChannel::answer_lost() {
     dismiss_all();
-    _set_post_data_state();
-    lost_ = true;
+    lose();
     answer(not_available);
 }
 
@@ -1896,31 +1994,9 @@ void ProxyChannel::smtp_RCPT(argument arg) {
 
 void ProxyChannel::smtp_DATA(argument arg) {
     for (const auto& it : lanes_)
-        if (it.begun && !it.session && !rcpttos.empty()) {
-            _set_post_data_state();
-            lost_ = true;
-        }
+        if (!it.session && !it.accepted.empty()) return lose(), push(not_available);
     if (lost_ && mailfrom.empty()) return push(not_available);
     SMTPChannel::smtp_DATA(arg);
-}
-
-// Sends the message on the transaction that is open, when there is one for just these recipients.
-bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
-                         std::string& data, SMTP::handler then) {
-    lane& it = of(to);
-    if (!it.begun || it.mailfrom != sender || it.accepted != recipients) return false;
-    it.begun = false;
-    if (!it.session) {
-        then({});
-        return true;
-    }
-    it.session->data(std::move(data), [this, &it, then](const reply& said) {
-        it.stale = said.code != 250;
-        it.accepted.clear();
-        if (said.code != 250 && !is_refusal(said)) dismiss(it);
-        then(said);
-    });
-    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1929,20 +2005,87 @@ bool ProxyChannel::relay(PureProxy::side to, const std::string& sender, const st
 
 namespace {
 
-// Adds a line to the end of the header, as Python does: before the first empty line, or after the last one.
-void insert_header(std::string& data, const std::string& header) {
-    std::size_t at = data.find("\n\n");
-    at = data.empty() || data[0] == '\n' ? 0 : at != data.npos ? at + 1 : data.back() == '\n' ? data.size() : data.npos;
-    if (at == data.npos)
-        data += "\n" + header;
-    else
-        data.insert(at, header + "\n");
+std::string lower(std::string text) {
+    for (char& c : text)
+        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    return text;
+}
+
+// What a proxy has to know of a message's header. It ends at the first line that is sent as an empty one; Python looks
+// for \n\n, and takes \r\r for text.
+struct header {
+    std::size_t end = 0;    // where another line goes in
+    bool unended = false;   // there is no empty line, nor an end of the last one
+    int hops = 0;           // X-Peer lines: proxies that it came through
+    bool from = false, date = false;
+
+    explicit header(std::string_view message) {
+        while (!unended) {
+            const std::string_view line = message.substr(end, line_length(message.substr(end)));
+            if (line.empty()) return;
+            const auto is = [&](std::string_view name) {
+                return upper(line[0]) == name[0] && upper(line.substr(0, name.size())) == name;
+            };
+            hops += is("X-PEER:");
+            from = from || is("FROM:");
+            date = date || is("DATE:");
+            end += line.size();
+            if (end < message.size()) end += message.substr(end, 2) == "\r\n" ? 2 : 1;
+            // The line end that is added to the message would belong to a CR.
+            unended = end == message.size() && message.back() != '\n';
+        }
+    }
+
+    // A line as it is put in at `end`.
+    std::string with(const std::string& line) const { return unended ? "\n" + line : line + "\n"; }
+};
+
+constexpr int most_hops = 50;
+constexpr char too_many_hops[] = "554 Error: too many hops";
+
+// Whether a connection to `to` comes to this listener.
+bool is_own(const asyncore::socket_type& listener, address to) {
+    const address own = listener.getsockname();
+    const auto plain = [](std::string host) {   // IPv4, when it is IPv4 in IPv6
+        return host.compare(0, 7, "::ffff:") == 0 && host.find('.') != host.npos ? host.substr(7) : host;
+    };
+    std::string there = plain(to.host);
+    if (there == "0.0.0.0") there = "127.0.0.1";   // where a connection to these goes
+    if (there == "::") there = "::1";
+    if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
+    if (to.port != own.port || there == plain(own.host)) return to.port == own.port;
+    if (own.host != "::" && (own.host != "0.0.0.0" || there.find(':') != there.npos)) return false;
+    try {   // What can be bound is an address of this host.
+        to.port = 0;
+        asyncore::socket_type(to.family, SOCK_STREAM).bind(to);
+        return true;
+    } catch (const std::system_error&) {
+        return false;
+    }
+}
+
+void check_next(const SMTPServer& server, const address& next) {
+    std::vector<address> targets;
+    try {
+        if (!next.none()) targets = asyncore::getaddrinfo(next);
+    } catch (const std::system_error&) {
+        // a name that isn't known yet
+    }
+    for (const auto& target : targets)
+        if (is_own(*server.socket, target)) throw std::invalid_argument("it would send to itself: " + next.str());
 }
 
 }   // namespace
 
 PureProxy::~PureProxy() {
-    for (SMTP* session : std::exchange(deliveries_, {})) part_with(*session);
+    for (SMTP* session : std::exchange(deliveries_, {})) session->abandon();
+}
+
+void PureProxy::check() const { check_next(*this, _remoteaddr); }
+
+void PureProxy::stop(std::chrono::milliseconds grace) {
+    *stop_by_ = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
+    SMTPServer::stop(grace);
 }
 
 std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::socket_type> sock,
@@ -1953,6 +2096,7 @@ std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::
 std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
     auto session = to == side::lists ? std::make_unique<LMTP>(settings.map, settings.upstream)
                                      : std::make_unique<SMTP>(settings.map, settings.upstream);
+    session->stop_by_ = stop_by_;
     if (settings.fqdn.find('.') != settings.fqdn.npos) session->local_hostname = settings.fqdn;
     return session;
 }
@@ -1962,19 +2106,31 @@ const address& PureProxy::address_of(side to) const { return to == side::lists ?
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
                                                       const message_options& kwargs) {
-    std::string message = std::move(data);
-    insert_header(message, "X-Peer: " + peer_host(peer));
+    const header top(data);
+    if (top.hops > most_hops) return too_many_hops;
+    letter message(std::move(data), true);
+    message.extra = top.with("X-Peer: " + peer_host(peer));
+    message.at = top.end;
     relay(side::upstream, mailfrom, rcpttos, std::move(message), kwargs,
           [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
     return std::nullopt;
 }
 
-void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+// On the transaction that is open, when there is one for just these recipients.
+void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                       const message_options& kwargs, SMTP::handler then) {
-    data += '\n';   // the last line's end, which was half of the end of data
     ProxyChannel* channel = kwargs.proxy_channel();
-    if (!channel || !channel->relay(to, mailfrom, rcpttos, data, then))
-        deliver(to, mailfrom, rcpttos, std::move(data), kwargs.mail_options, std::move(then));
+    ProxyChannel::lane* it = channel ? &channel->of(to) : nullptr;
+    if (!it || !it->begun || it->mailfrom != mailfrom || it->accepted != rcpttos)
+        return deliver(to, mailfrom, rcpttos, std::move(message), kwargs.mail_options, std::move(then));
+    it->begun = false;
+    if (!it->session) return then({});
+    it->session->data(std::move(message), [channel, it, then](const reply& said) {
+        it->stale = said.code != 250;
+        it->accepted.clear();
+        if (said.code != 250 && !is_refusal(said)) channel->dismiss(*it);
+        then(said);
+    });
 }
 
 void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
@@ -1982,8 +2138,9 @@ void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::str
     deliver(side::upstream, mailfrom, rcpttos, std::move(data), {}, std::move(then));
 }
 
-void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                         const std::vector<std::string>& mail_options, SMTP::handler then) {
+    check_handler(then);
     auto session = make_session(to);
     SMTP& it = *session;
     std::vector<std::string> recipients;
@@ -1994,17 +2151,10 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     };
     deliveries_.insert(&it);
     it.on_close = [this, &it] { deliveries_.erase(&it); };
-    const auto message = std::make_shared<std::string>(std::move(data));
-    std::vector<std::string> options;   // the size has changed, perhaps
-    for (const auto& option : mail_options)
-        if (option.compare(0, 5, "SIZE=") != 0) options.push_back(option);
-    it.connect(address_of(to), [&it, done, mailfrom, recipients, message, options](const reply& greeting) {
-        if (greeting.code != 220) return done(greeting);
-        it.ehlo_or_helo_if_needed([&it, done, mailfrom, recipients, message, options](const reply& answer) {
-            if (answer.code != 250) return done(answer);
-            it.sendmail(mailfrom, recipients, std::move(*message), options, true,
-                        [done](const reply& last, const auto&) { done(last); });
-        });
+    it.open(address_of(to), [&it, done, mailfrom, recipients, message, mail_options](const reply& answer) {
+        if (answer.code != 250) return done(answer);
+        it.sendmail(mailfrom, recipients, message, mail_options, true,
+                    [done](const reply& last, const auto&) { done(last); });
     });
     if (it._fileno >= 0) _map->own(std::move(session));
 }
@@ -2038,35 +2188,14 @@ struct list_address {
     }
 };
 
-std::string lower(std::string text) {
-    for (char& c : text)
-        if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
-    return text;
-}
-
-// Whether the header has a line of that name.
-bool has_header(std::string_view data, std::string_view name) {
-    for (std::string_view line; !data.empty();) {
-        take_line(data, line);
-        if (line.empty()) return false;
-        if (line.size() > name.size() && line[name.size()] == ':' && upper(line.substr(0, name.size())) == name)
-            return true;
-    }
-    return false;
-}
-
 // The time as RFC 5322 has it, in UTC.
 std::string date_now() {
-    static const char* const days[] = {"Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"};
-    static const char* const months[] = {"Jan", "Feb", "Mar", "Apr", "May", "Jun",
-                                         "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"};
     const std::time_t now = std::time(nullptr);
     std::tm tm{};
-    ::gmtime_r(&now, &tm);
-    char rest[64];
-    std::snprintf(rest, sizeof rest, "%s, %02d %s %d %02d:%02d:%02d +0000", days[tm.tm_wday], tm.tm_mday,
-                  months[tm.tm_mon], tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
-    return rest;
+    std::ostringstream text;
+    text.imbue(std::locale::classic());
+    text << std::put_time(::gmtime_r(&now, &tm), "%a, %d %b %Y %H:%M:%S +0000");
+    return text.str();
 }
 
 }   // namespace
@@ -2077,8 +2206,19 @@ bool MailmanProxy::list_exists(const std::string& listname, const std::string& d
     };
     if (!harmless(listname) || !harmless(domain)) return false;
     struct stat status {};
-    const std::string folder = settings.mailman_lists + "/" + listname + "." + domain;
-    return ::stat(folder.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+    const auto look = [&](const std::string& path) { return ::stat(path.c_str(), &status) == 0 ? 0 : errno; };
+    int err = look(settings.mailman_lists + "/" + listname + "." + domain);
+    if (err == 0) return S_ISDIR(status.st_mode);
+    // There is no such list only where there is a folder of lists.
+    if (err == ENOENT || err == ENAMETOOLONG) err = look(settings.mailman_lists + "/.");
+    if (err) throw std::system_error(err, std::generic_category(), settings.mailman_lists);
+    return false;
+}
+
+void MailmanProxy::check() const {
+    PureProxy::check();
+    check_next(*this, settings.mailman_lmtp);
+    list_exists("lists", "invalid");
 }
 
 PureProxy::side MailmanProxy::route(const std::string& recipient) const {
@@ -2096,35 +2236,41 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
-    // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
-    const std::vector<std::string> others(recipients.begin() + 1, recipients.end());
-    SMTP::handler next = then;
-    if (!others.empty())
-        next = [this, mailfrom, others, message, kwargs, then](const reply& said) {
-            said.code == 250 ? enqueue(mailfrom, others, message, kwargs, then) : then(said);
-        };
-    relay(side::lists, mailfrom, {recipients.front()}, std::move(message), kwargs, next);
+    enqueue_next(mailfrom, recipients, {std::move(message), true}, kwargs, std::move(then));
 }
 
+// Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
+void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients, letter message,
+                                const message_options& kwargs, SMTP::handler then) {
+    const std::string first = recipients.front();
+    recipients.erase(recipients.begin());
+    relay(side::lists, mailfrom, {first}, message, kwargs, [=](const reply& said) {
+        said.code != 250 || recipients.empty() ? then(said) : enqueue_next(mailfrom, recipients, message, kwargs, then);
+    });
+}
+
+// The message is one string throughout: upstream's first, then that of the lists.
 std::optional<std::string> MailmanProxy::process_message(const address&, const std::string& mailfrom,
                                                          const std::vector<std::string>& rcpttos, std::string&& data,
                                                          const message_options& kwargs) {
     std::vector<std::string> listrcpts, rest;
     for (const auto& recipient : rcpttos) (route(recipient) == side::lists ? listrcpts : rest).push_back(recipient);
-    const SMTP::handler finish = [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); };
-    SMTP::handler then = finish;
-    if (!listrcpts.empty()) {
-        std::string message = data;
-        if (!has_header(message, "FROM")) insert_header(message, "From: " + mailfrom);
-        if (!has_header(message, "DATE")) insert_header(message, "Date: " + date_now());
-        then = [this, mailfrom, listrcpts, message, kwargs, finish](const reply& said) {
-            said.code == 250 ? enqueue(mailfrom, listrcpts, message, kwargs, finish) : finish(said);
-        };
-    }
-    if (rest.empty())
-        then({250, ""});
-    else
-        relay(side::upstream, mailfrom, rest, std::move(data), kwargs, then);
+    const header top(data);
+    if (top.hops > most_hops) return too_many_hops;
+    std::string added;
+    if (!top.from) added += top.with("From: " + mailfrom);
+    if (!top.date) added += top.with("Date: " + date_now());
+    const letter message(std::move(data), true);
+    const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
+        const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
+        if (said.code != 250 || listrcpts.empty()) return finish(said);
+        std::string text;
+        text.reserve(message.text->size() + added.size());
+        text.append(*message.text, 0, top.end).append(added).append(*message.text, top.end, text.npos);
+        std::string().swap(*message.text);   // upstream has it
+        enqueue(mailfrom, listrcpts, std::move(text), kwargs, finish);
+    };
+    rest.empty() ? then({250, ""}) : relay(side::upstream, mailfrom, rest, message, kwargs, then);
     return std::nullopt;
 }
 
@@ -2134,29 +2280,23 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
 
 namespace {
 
-std::map<std::string, server_factory>& known_classes() {
-    static std::map<std::string, server_factory> classes;
-    return classes;
+template <typename Server>
+std::unique_ptr<SMTPServer> make_server(const address& localaddr, const address& remoteaddr, const options& with) {
+    return std::make_unique<Server>(localaddr, remoteaddr, with);
 }
 
-template <typename Server>
-server_factory make_server() {
-    return [](const address& localaddr, const address& remoteaddr, const options& with) {
-        return std::make_unique<Server>(localaddr, remoteaddr, with);
-    };
+std::map<std::string, server_factory>& known_classes() {
+    static std::map<std::string, server_factory> classes{{"SMTPServer", make_server<SMTPServer>},
+                                                         {"DebuggingServer", make_server<DebuggingServer>},
+                                                         {"PureProxy", make_server<PureProxy>},
+                                                         {"MailmanProxy", make_server<MailmanProxy>}};
+    return classes;
 }
 
 }   // namespace
 
 server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
 
-const std::map<std::string, server_factory>& server_class::all() {
-    auto& classes = known_classes();
-    classes.emplace("SMTPServer", make_server<SMTPServer>());
-    classes.emplace("DebuggingServer", make_server<DebuggingServer>());
-    classes.emplace("PureProxy", make_server<PureProxy>());
-    classes.emplace("MailmanProxy", make_server<MailmanProxy>());
-    return classes;
-}
+const std::map<std::string, server_factory>& server_class::all() { return known_classes(); }
 
 }   // namespace smtpd

@@ -21,6 +21,7 @@
 #ifndef SMTPD_HPP
 #define SMTPD_HPP
 
+#include <array>
 #include <functional>
 #include <map>
 #include <set>
@@ -300,7 +301,9 @@ class SMTPServer : public asyncore::dispatcher {
 
     // Stops listening; each channel says 421, those with a message in hand when they have done with it, all of
     // them within `grace`. The loop goes on until they are gone.
-    void stop(std::chrono::milliseconds grace);
+    virtual void stop(std::chrono::milliseconds grace);
+    // Throws when it can't do its work as it is set up. The program asks once, when it has dropped its privileges.
+    virtual void check() const {}
 
     bool readable() override { return !resting_; }
     asyncore::clock::time_point deadline() override;
@@ -348,6 +351,20 @@ struct reply {
     std::string line() const;   // as it is sent: "250 OK"; a line each with its code when there are several
 };
 
+// A message to be sent: a string; its copies share the text.
+struct letter {
+    std::shared_ptr<std::string> text;
+    std::string extra{};   // goes in before byte `at` of the text
+    std::size_t at = 0;
+    bool one_more;   // line end at the end: that of a last line, which was half of the end of data
+
+    letter(std::string message, bool one_more_line_end = false)
+        : text(std::make_shared<std::string>(std::move(message))), one_more(one_more_line_end) {}
+    letter(const char* message) : letter(std::string(message)) {}
+    std::array<std::string_view, 4> parts() const;
+    std::size_t size() const;   // bytes with CR LF line ends, before dots are doubled
+};
+
 // A session with a server, from the client's side, in the same loop as everything else. One command at a time:
 // each method sends one and gives its answer to `then`, once, also when the connection is lost (code -1, or
 // 421; the session is closed then). Give it to its map once it has begun to connect:
@@ -355,6 +372,10 @@ struct reply {
 //     auto session = std::make_unique<smtpd::SMTP>();
 //     session->connect({"mail.example", 25}, [](const smtpd::reply& greeting) { ... });
 //     if (session->_fileno >= 0) asyncore::socket_map.own(std::move(session));
+//
+// A session that its map owns may be ended by any handler, its own included: quit() or close(). One that you own must
+// not be destroyed in its own handler or on_close. Destroyed while an answer is awaited, it calls on_close and nothing
+// else. A handler that is null is std::invalid_argument; what on_close throws is logged.
 //
 // smtplib.py: SMTP
 class SMTP : public asynchat::async_chat {
@@ -376,7 +397,11 @@ class SMTP : public asynchat::async_chat {
     // (POSIX has nothing better); when an address does not answer, the next one is tried. An error that is known
     // at once is reported at once. smtplib.py: SMTP.connect
     void connect(const asyncore::address& server, handler then);
-    using async_chat::connect;
+    void connect(const asyncore::address& server) override {
+        connect(server, [](const reply&) {});
+    }
+    // The same as far as EHLO, or HELO: 250, or what stopped it.
+    void open(const asyncore::address& server, handler then);
 
     // smtplib.py: SMTP.docmd
     void docmd(const std::string& cmd, handler then);
@@ -393,21 +418,24 @@ class SMTP : public asynchat::async_chat {
     // smtplib.py: SMTP.rcpt
     void rcpt(const std::string& recipient, handler then);
     // Sends DATA and the message: every line end becomes CR LF, dots are doubled, a last line end is added when it
-    // is missing. The answer is the last one, or that to DATA when it is not 354. smtplib.py: SMTP.data
-    void data(std::string msg, handler then);
+    // is missing. The answer is the last one, or that to DATA when it is not 354; any yes to the message is 250.
+    // smtplib.py: SMTP.data
+    void data(letter msg, handler then);
     // smtplib.py: SMTP.rset
     void rset(handler then);
     // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
     void quit();
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
     // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
-    // stopped it. smtplib.py: SMTP.sendmail
-    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, std::string msg,
+    // stopped it. An address that is not ASCII takes a server with SMTPUTF8. smtplib.py: SMTP.sendmail
+    void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                   const std::vector<std::string>& mail_options, bool all,
                   std::function<void(const reply&, const refused&)> then);
 
     // Calls nobody any more.
     void forget();
+    // forget() and quit(): for a session that is of no use any more.
+    void abandon() noexcept;
 
     void collect_incoming_data(std::string_view data) override;
     void found_terminator() override;
@@ -425,11 +453,14 @@ class SMTP : public asynchat::async_chat {
     virtual std::size_t data_replies(std::size_t /*recipients*/) const { return 1; }
 
   private:
+    friend class PureProxy;
     struct mailing;
     void attempt();
     void expect(handler then, std::chrono::milliseconds wait);
-    void report(const reply& answer);
+    void report(reply answer);
     void fail(const std::string& why);
+    void say_closed();
+    bool stopped() const;
     void send_message();
     std::string own_name() const;
 
@@ -439,7 +470,8 @@ class SMTP : public asynchat::async_chat {
     std::vector<asyncore::address> candidates_;   // addresses not tried yet
     std::string line_, why_;
     reply answer_, worst_;
-    std::string message_;
+    std::unique_ptr<asynchat::producer> message_;
+    std::shared_ptr<const asyncore::clock::time_point> stop_by_;   // of the proxy that it works for
     enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
     awaited next_ = awaited::answer;
     bool gone_out_ = false;   // the message has, to its last dot
@@ -487,6 +519,8 @@ class PureProxy : public SMTPServer {
     ~PureProxy() override;
     std::string class_name() const override { return "smtpd.PureProxy"; }
     bool relays() const override { return true; }
+    void check() const override;                           // the next server must be another one
+    void stop(std::chrono::milliseconds grace) override;   // the sessions with the next server end with the channels
     std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                const asyncore::address& addr) override;
 
@@ -512,16 +546,19 @@ class PureProxy : public SMTPServer {
     virtual bool asks_at_MAIL() const { return true; }
     // Sends the message on the transaction that the client's channel has open there, or by a connection of its own
     // when a subclass has changed the envelope. `then` gets the answer.
-    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+    void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                const message_options& kwargs, SMTP::handler then);
 
   private:
-    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
+    void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                  const std::vector<std::string>& mail_options, SMTP::handler then);
     std::unique_ptr<SMTP> make_session(side to) const;
     const asyncore::address& address_of(side to) const;
 
     std::set<SMTP*> deliveries_;   // sessions of deliver()
+    // When all sessions end, whoever uses them: see stop().
+    std::shared_ptr<asyncore::clock::time_point> stop_by_ =
+        std::make_shared<asyncore::clock::time_point>(asyncore::clock::time_point::max());
 };
 
 // The channel of a proxy: it holds a transaction with each side while its client holds one with us.
@@ -543,6 +580,7 @@ class ProxyChannel : public SMTPChannel {
     struct lane {
         SMTP* session = nullptr;             // owned by the map
         bool begun = false;                  // it has accepted MAIL
+        bool utf8 = false;                   // with SMTPUTF8
         bool stale = false;                  // it may know of a transaction: RSET before the next one
         std::string mailfrom;                // as it was told
         std::vector<std::string> accepted;   // recipients that it has accepted, as the client calls them
@@ -550,13 +588,11 @@ class ProxyChannel : public SMTPChannel {
     ProxyChannel* proxy_channel() override { return this; }
     PureProxy& proxy() const;
     lane& of(PureProxy::side side) { return lanes_[static_cast<std::size_t>(side)]; }
-    void connect_to(PureProxy::side to, SMTP::handler then);
     void begin(PureProxy::side to, SMTP::handler then);
     void reset(lane& it, SMTP::handler then);
     void say_MAIL(PureProxy::side to, SMTP::handler then);
     void say_RCPT(PureProxy::side to, const deferred_reply& reply);
-    bool relay(PureProxy::side to, const std::string& sender, const std::vector<std::string>& recipients,
-               std::string& data, SMTP::handler then);
+    void lose();
     std::string refusal(PureProxy::side from, const reply& said);
     void dismiss(lane& it);
     void answer_lost() override;
@@ -579,7 +615,10 @@ class MailmanProxy : public PureProxy {
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const message_options& kwargs) override;
 
-    // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists.
+    void check() const override;   // and list_exists() must be able to tell
+
+    // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists. Throws
+    // std::system_error when that can't be told: the recipient gets 451.
     virtual bool list_exists(const std::string& listname, const std::string& domain) const;
     // Gives Mailman the message for its recipients, and `then` the answer. Here: by LMTP. Without a
     // settings.mailman_lmtp the recipients are accepted because list_exists() says so, and this is to be overridden.
@@ -590,6 +629,10 @@ class MailmanProxy : public PureProxy {
     side route(const std::string& recipient) const override;
     std::string address_for(side to, const std::string& recipient) const override;
     bool asks_at_MAIL() const override { return false; }
+
+  private:
+    void enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients, letter message,
+                      const message_options& kwargs, SMTP::handler then);
 };
 
 // ---------------------------------------------------------------------------------------------------------

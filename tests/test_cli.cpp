@@ -7,6 +7,7 @@
 #include <pwd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -457,6 +458,53 @@ TEST(cli, mailman_options) {
     CHECK(made);
 }
 
+namespace {
+
+// It ends with 1 and one line, which contains that.
+void check_one_line(const strings& args, const std::string& part, bool (*prepare)() = nullptr) {
+    program it(args, out_to::pipe, prepare);
+    CHECK_EQ(it.wait(), 1);
+    CHECK_EQ(it.out, "");
+    CHECK_EQ(lines(it.err).size(), std::size_t(1));
+    if (!contains(it.err, part)) throw test::failure("not " + part + ": " + it.err);
+}
+
+}   // namespace
+
+// Deviation 49
+TEST(cli, mailman_without_its_folder) {
+    char folder[] = "/tmp/smtpd-lists-XXXXXX";
+    CHECK(::mkdtemp(folder) != nullptr);   // which is 0700
+    const std::string path = folder;
+    const auto args = [](const std::string& lists) {
+        return strings{"-n", "-c", "MailmanProxy", "--mailman-lists", lists, at(free_port()), at(free_port())};
+    };
+    check_one_line(args(path + "/none"), ": " + path + "/none: No such file");
+    std::ofstream(path + "/file") << "not a folder";
+    check_one_line(args(path + "/file"), ": " + path + "/file: Not a directory");
+    ::unlink((path + "/file").c_str());
+    const passwd* nobody = ::getpwnam("nobody");
+    if (::geteuid() == 0 && nobody) {   // as root it could be read; as nobody it can't
+        strings as_nobody = args(path);
+        as_nobody.erase(as_nobody.begin());
+        check_one_line(as_nobody, ": " + path + ": Permission denied");
+    }
+    ::rmdir(folder);
+}
+
+// Deviation 50
+TEST(cli, a_proxy_that_would_send_to_itself) {
+    const int port = free_port();
+    const std::string itself = ": it would send to itself: ";
+    check_one_line({"-n", at(port), at(port)}, itself + at(port));
+    check_one_line({"-n", at(port, "localhost"), at(port, "localhost")}, itself);
+    check_one_line({"-n", at(port, "0.0.0.0"), at(port)}, itself);
+    check_one_line({"-n", "-c", "MailmanProxy", "--mailman-lists", ".", at(port), at(port)}, itself);
+    check_one_line({"-n", "-c", "MailmanProxy", "--mailman-lists", ".", "--mailman-lmtp", at(port), at(port)}, itself);
+    program it({"-n", "-c", "DebuggingServer", at(port), at(port)});   // which sends nothing
+    CHECK_EQ(client(it, port).say("NOOP"), "250 OK\r\n");
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // What it prints
 // ---------------------------------------------------------------------------------------------------------
@@ -587,6 +635,38 @@ TEST(cli, second_signal) {
         }
 }
 
+// Deviation 48
+TEST(cli, a_listener_that_is_lost) {
+#if defined(SYS_pidfd_open) && defined(SYS_pidfd_getfd)
+    for (const bool in_hand : {false, true}) {
+        server it;
+        client sending = it.connect();
+        if (in_hand) sending.begin();
+        // Its listener is its first socket. It is shut down from outside: accept() gives EINVAL from then on.
+        const int process = static_cast<int>(::syscall(SYS_pidfd_open, it.it.pid(), 0));
+        bool found = false;
+        for (int fd = 3; process >= 0 && fd < 20 && !found; ++fd) {
+            socket_type copy(static_cast<int>(::syscall(SYS_pidfd_getfd, process, fd, 0)));
+            int listens = 0;
+            socklen_t size = sizeof listens;
+            found = copy.fileno() >= 0 &&
+                    ::getsockopt(copy.fileno(), SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens &&
+                    ::shutdown(copy.fileno(), SHUT_RDWR) == 0;
+        }
+        if (process >= 0) ::close(process);
+        if (!found) return;   // this system does not let us
+        if (in_hand) {        // a message in hand is taken
+            sending.send("hello\r\n.\r\n");
+            CHECK_EQ(sending.reply(), "250 OK\r\n");
+        }
+        CHECK_EQ(sending.reply(), SHUTTING_DOWN);
+        CHECK_EQ(it.it.wait(), 1);
+        CHECK_EQ(lines(it.it.err).size(), std::size_t(1));
+        CHECK(contains(it.it.err, ": the listener on " + at(it.port) + " was closed by an error\n"));
+    }
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Who it is
 // ---------------------------------------------------------------------------------------------------------
@@ -688,10 +768,10 @@ static bool warns(strings args, const std::string& host) {
 
 TEST(cli, open_relay_warning) {
     CHECK(warns({"-n"}, "0.0.0.0"));   // PureProxy, since no class is named
-    CHECK(warns({"-n", "-c", "MailmanProxy"}, "0.0.0.0"));
+    CHECK(warns({"-n", "-c", "MailmanProxy", "--mailman-lists", "."}, "0.0.0.0"));
     CHECK(!warns({"-n", "-c", "DebuggingServer"}, "0.0.0.0"));
     CHECK(!warns({"-n"}, "127.0.0.1"));
-    CHECK(!warns({"-n", "-c", "MailmanProxy"}, "127.0.0.1"));
+    CHECK(!warns({"-n", "-c", "MailmanProxy", "--mailman-lists", "."}, "127.0.0.1"));
 }
 
 TEST(cli, open_relay_warning_with_ipv6) {

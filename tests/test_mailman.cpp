@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "dialog.hpp"
 #include "scene.hpp"
 
 using namespace scenes;
@@ -283,6 +284,7 @@ TEST(mailman, failures_of_either_side_are_told) {
         std::size_t up, mailman;   // messages that were taken
     };
     const std::string lost = NOT_AVAILABLE;
+    const std::string of_one = OK + " / " + OK + " / " + lost + " / 354 / " + TAKEN;   // a side costs only its own
     const std::vector<row> rows{
         {"upstream's no to the message", false, "end", says(NO), END_OF_TWO + NO, 0, 0},
         {"upstream's 4xx to the message", false, "end", says(NOT_NOW), END_OF_TWO + NOT_NOW, 0, 0},
@@ -290,9 +292,8 @@ TEST(mailman, failures_of_either_side_are_told) {
         {"upstream's no to DATA", false, "DATA", says(NO), END_OF_TWO + NO, 0, 0},
         {"upstream's no to MAIL", false, "MAIL", says(NO), OK + " / " + OK + " / " + NO + " / 354 / " + TAKEN, 0, 1},
         {"upstream's no to RCPT", false, "RCPT", says(NO), OK + " / " + OK + " / " + NO + " / 354 / " + TAKEN, 0, 1},
-        {"upstream's 421 to RCPT", false, "RCPT", says("421 later"), OK + " / " + OK + " / " + lost + " / " + lost, 0,
-         0},
-        {"upstream does not greet", false, "greeting", hangs_up(), OK + " / " + OK + " / " + lost + " / " + lost, 0, 0},
+        {"upstream's 421 to RCPT", false, "RCPT", says("421 later"), of_one, 0, 1},
+        {"upstream does not greet", false, "greeting", hangs_up(), of_one, 0, 1},
         {"Mailman's no to the message", true, "end", says(NO), END_OF_TWO + NO, 1, 0},
         {"Mailman's 4xx to the message", true, "end", says(NOT_NOW), END_OF_TWO + NOT_NOW, 1, 0},
         {"Mailman closes at the end", true, "end", hangs_up(), END_OF_TWO + lost, 1, 0},
@@ -302,16 +303,17 @@ TEST(mailman, failures_of_either_side_are_told) {
         {"Mailman's no to RCPT", true, "RCPT", says(NO), OK + " / " + NO + " / " + OK + " / 354 / " + TAKEN, 1, 0},
         {"Mailman's 4xx to MAIL", true, "MAIL", says(NOT_NOW), OK + " / " + NOT_NOW + " / " + OK + " / 354 / " + TAKEN,
          1, 0},
-        {"Mailman closes at RCPT", true, "RCPT", hangs_up(), OK + " / " + lost + " / " + lost + " / 451", 0, 0},
+        {"Mailman closes at RCPT", true, "RCPT", hangs_up(), OK + " / " + lost + " / " + OK + " / 354 / " + TAKEN, 1,
+         0},
+        {"Mailman resets at MAIL", true, "MAIL", resets(), OK + " / " + lost + " / " + OK + " / 354 / " + TAKEN, 1, 0},
+        {"Mailman's 421 to LHLO", true, "LHLO", says("421 later"), OK + " / " + lost + " / " + OK + " / 354 / " + TAKEN,
+         1, 0},
         {"Mailman does not know LHLO", true, "LHLO", says("502 what?"),
          OK + " / 502 what? / " + OK + " / 354 / " + TAKEN, 1, 0}};
     each(rows, [](const row& it, bool use_poll) {
         mailman_scene here(use_poll);
         (it.at_mailman ? here.mailman : here.up).script[it.stage] = {it.what};
-        std::string told = here.mail({"list@example.com", "b@example"});
-        // Nobody is left to send to: DATA is not said.
-        if (it.told.substr(it.told.size() - 6) == " / 451" && told + " / 451" == it.told) told += " / 451";
-        CHECK_EQ(told, it.told);
+        CHECK_EQ(here.mail({"list@example.com", "b@example"}), it.told);
         CHECK_EQ(here.up.accepted("tagged-1"), it.up);
         CHECK_EQ(here.mailman.accepted("tagged-1"), it.mailman);
         here.client.ask("RSET");
@@ -345,6 +347,123 @@ TEST(mailman, a_stopped_Mailman_is_451) {
         CHECK_EQ(here.mail({"list@example.com"}), RELAYED);
         here.finish();
     }
+}
+
+// A side that is down costs only its own recipients; those that were taken before it went are lost with the rest.
+TEST(mailman, a_side_that_is_down) {
+    for (const bool use_poll : {false, true}) {
+        for (const bool mailman_is_down : {true, false}) {
+            mailman_scene here(use_poll);
+            upstream& down = mailman_is_down ? here.mailman : here.up;
+            const std::string dead = mailman_is_down ? "list@example.com" : "b@example";
+            const std::string alive = mailman_is_down ? "b@example" : "list@example.com";
+            down.refuse();
+            CHECK_EQ(here.mail({alive, dead, dead, alive}), OK + " / " + OK + " / " + NOT_AVAILABLE + " / " +
+                                                                NOT_AVAILABLE + " / " + OK + " / 354 / " + TAKEN);
+            CHECK_EQ(here.mail({dead}), OK + " / " + NOT_AVAILABLE);
+            CHECK_EQ(here.client.ask("RCPT TO:<" + alive + ">"), OK);   // the same transaction
+            down.accept_again();
+            CHECK_EQ(here.client.ask("RCPT TO:<" + dead + ">"), OK);
+            down.script["RCPT"] = {hangs_up()};   // with a recipient on board
+            CHECK_EQ(here.client.ask("RCPT TO:<" + dead + ">"), NOT_AVAILABLE);
+            CHECK_EQ(here.client.ask("RCPT TO:<" + alive + ">"), NOT_AVAILABLE);
+            CHECK_EQ(here.client.ask("DATA"), NOT_AVAILABLE);
+            CHECK_EQ(here.mail({dead, alive}), END_OF_TWO + TAKEN);
+            // It leaves before DATA.
+            here.client.ask("MAIL FROM:<a@client.test>");
+            here.client.ask("RCPT TO:<" + dead + ">");
+            here.client.ask("RCPT TO:<" + alive + ">");
+            down.hang_up();
+            here.settle();
+            CHECK_EQ(here.client.ask("DATA"), NOT_AVAILABLE);
+            // The same, when it has refused its recipient: nothing is lost.
+            down.script["RCPT"] = {says(NO)};
+            here.client.ask("MAIL FROM:<a@client.test>");
+            CHECK_EQ(here.client.ask("RCPT TO:<" + dead + ">"), NO);
+            CHECK_EQ(here.client.ask("RCPT TO:<" + alive + ">"), OK);
+            down.hang_up();
+            here.settle();
+            CHECK_EQ(here.client.ask("DATA").substr(0, 3), std::string("354"));
+            CHECK_EQ(here.client.ask(body + "\r\n."), TAKEN);
+            here.finish();
+        }
+    }
+}
+
+// As in CPython 3.10, which enqueues for each recipient: a list that is named twice gets the message twice.
+TEST(mailman, a_list_that_is_named_twice) {
+    mailman_scene here;
+    CHECK_EQ(here.mail({"list@example.com", "list@example.com"}), END_OF_TWO + TAKEN);
+    CHECK_EQ(recipients(here.mailman), std::string("(list@example.com)(list@example.com)"));
+    here.finish();
+}
+
+// Deviation 49
+TEST(mailman, a_list_that_can_not_be_looked_up_is_451) {
+    for (const std::string how : {"missing", "a file", "a loop", "the list's own folder"}) {
+        mailman_scene here;
+        const auto lists = here.lists.path() / "lists";
+        support::captured out(std::cout);
+        here.server.check();
+        const auto aside = here.lists.path() / "aside";
+        if (how != "the list's own folder") std::filesystem::rename(lists, aside);
+        if (how == "a file") std::ofstream(lists) << "not a folder";
+        if (how == "a loop") std::filesystem::create_symlink(lists, lists);
+        if (how == "the list's own folder")
+            std::filesystem::create_symlink("sick.example.com", lists / "sick.example.com");
+        if (how != "the list's own folder") {
+            CHECK_THROWS(here.server.check(), std::system_error);
+            CHECK_EQ(here.mail({"list@example.com", "b@example"}), OK + " / " + NOT_AVAILABLE + " / " + NOT_AVAILABLE);
+            std::filesystem::remove(lists);
+            std::filesystem::rename(aside, lists);
+            CHECK_EQ(here.client.ask("RCPT TO:<list@example.com>"), OK);
+        } else {
+            CHECK_EQ(here.mail({"sick@example.com", "b@example"}),
+                     OK + " / " + NOT_AVAILABLE + " / " + OK + " / 354 / " + TAKEN);
+        }
+        CHECK_EQ(here.client.ask("RSET"), OK);
+        CHECK_EQ(here.mail({"list@example.com", "b@example"}), END_OF_TWO + TAKEN);
+        CHECK_EQ(here.mail({"file@example.com", "nolist@example.com"}), END_OF_TWO + TAKEN);
+        CHECK_EQ(recipients(here.mailman), std::string("(list@example.com)"));
+        // While the message comes: it goes to neither.
+        here.up.messages.clear();
+        here.client.ask("MAIL FROM:<a@client.test>");
+        CHECK_EQ(here.client.ask("RCPT TO:<list@example.com>"), OK);
+        CHECK_EQ(here.client.ask("DATA").substr(0, 3), std::string("354"));
+        std::filesystem::rename(lists, aside);
+        CHECK_EQ(here.client.ask(body + "\r\n.").substr(0, 3), std::string("451"));
+        std::filesystem::rename(aside, lists);
+        CHECK_EQ(here.up.messages.size(), 0u);
+        here.finish();
+    }
+}
+
+// Deviation 50
+TEST(mailman, more_than_50_hops_are_too_many) {
+    mailman_scene here;
+    std::string hops;
+    for (int i = 0; i < 51; ++i) hops += "X-Peer: 192.0.2.1\r\n";
+    CHECK_EQ(here.mail({"list@example.com", "b@example"}, hops + body), END_OF_TWO + "554 Error: too many hops");
+    CHECK_EQ(here.mail({"list@example.com", "b@example"}), END_OF_TWO + TAKEN);
+    here.finish();
+}
+
+TEST(mailman, stop_ends_what_goes_to_a_list) {
+    mailman_scene here;
+    here.mailman.always["end"] = says_nothing();
+    here.client.ask("MAIL FROM:<a@client.test>");
+    here.client.ask("RCPT TO:<b@example>");
+    here.client.ask("RCPT TO:<list@example.com>");
+    here.client.ask("RCPT TO:<my-list@example.com>");
+    here.client.ask("DATA");
+    here.client.say(body + "\r\n.\r\n");
+    here.run_until([&] { return here.mailman.messages.size() == 1; });
+    const auto start = asyncore::clock::now();
+    here.server.stop(milliseconds(50));
+    here.client.wait_for_close();
+    here.run_until([&] { return here.map.size() == 2; });
+    CHECK(asyncore::clock::now() - start < std::chrono::seconds(4));
+    CHECK(here.client.received.substr(0, 3) != "250");
 }
 
 TEST(mailman, everything_goes_with_a_message_in_hand) {

@@ -1,6 +1,9 @@
 // What PureProxy makes of recipients, clients that leave, pipelines, line ends, options and subclasses.
 // The faults of a single server at each stage are in test_proxy.cpp.
 
+#include <sys/resource.h>
+#include <time.h>
+
 #include <algorithm>
 
 #include "dialog.hpp"
@@ -21,6 +24,15 @@ namespace {
 const std::string NO = "550 5.1.1 never";
 const std::string NOT_NOW = "450 4.2.1 not now";
 const std::string body = "Subject: tagged-1\r\n\r\nHello";
+
+bool has_ipv6() {
+    try {
+        asyncore::socket_type(AF_INET6, SOCK_STREAM).bind({"::1", 0});
+        return true;
+    } catch (const std::system_error&) {
+        return false;
+    }
+}
 
 std::string joined(const std::vector<std::string>& words) {
     std::string text;
@@ -219,6 +231,68 @@ TEST(relay, faults_at_RSET_and_QUIT) {
             // Whoever does not let it go is left all the same; other errors than those of manners remain.
             here.run_until([&] { return here.up.open() == 0; });
         });
+    });
+}
+
+// A session that refuses RSET is of no use: MAIL inside its transaction would be refused as well.
+TEST(relay, a_session_that_refuses_RSET_is_left) {
+    for (const bool use_poll : {false, true}) {
+        scene here(use_poll);
+        CHECK_EQ(here.client.ask("MAIL FROM:<a@client.test>"), OK);
+        CHECK_EQ(here.client.ask("RCPT TO:<dropped@example>"), OK);
+        here.up.script["RSET"] = {says("502 5.5.1 what?")};
+        CHECK_EQ(here.client.ask("RSET"), OK);
+        here.run_until([&] { return here.up.open() == 0; });
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        here.finish();
+        CHECK_EQ(here.up.heard.size(), 2u);
+        CHECK_EQ(here.up.conversation(0), std::string("EHLO mx.test / MAIL FROM:<a@client.test> / "
+                                                      "RCPT TO:<dropped@example> / RSET / QUIT"));
+    }
+}
+
+// Deviation 53
+TEST(relay, any_yes_to_the_message_is_one) {
+    scene here;
+    const std::string so_far = OK + " / " + OK + " / 354 / ";
+    for (const auto& [said, told] : {std::pair<std::string, std::string>{"250 2.0.0 kept", "250 2.0.0 kept"},
+                                     {"252 2.0.0 kept", "250 2.0.0 kept"},
+                                     {"200", "250"},
+                                     {"299-one\r\n299 two", "250-one\r\n250 two"}}) {
+        here.up.script["end"] = {says(said)};
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), so_far + told);
+    }
+    here.finish();
+    CHECK_EQ(here.up.messages.size(), 4u);
+    CHECK_EQ(here.up.heard.size(), 1u);
+}
+
+// Deviation 53
+TEST(relay, an_idle_session_that_ends_as_MAIL_is_said_is_opened_again) {
+    struct row {
+        std::string name;
+        act what;
+    };
+    const std::vector<row> rows{
+        {"421", says("421 4.4.2 idle for too long").then_hangs_up()}, {"closes", hangs_up()}, {"resets", resets()}};
+    each(rows, [](const row& it, bool use_poll) {
+        scene here(use_poll);
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        here.up.script["MAIL"] = {it.what};
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        CHECK_EQ(here.up.heard.size(), 2u);
+        // Once: a server that does it again is not available. The next transaction begins with a new connection.
+        here.up.script["MAIL"] = {it.what, it.what};
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), NOT_AVAILABLE);
+        CHECK_EQ(here.up.heard.size(), 3u);
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        CHECK_EQ(here.up.heard.size(), 4u);
+        here.up.script["MAIL"] = {says(NO)};   // that is an answer
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), NO);
+        CHECK_EQ(here.up.messages.size(), 3u);
+        CHECK_EQ(here.up.heard.size(), 4u);
+        here.client.ask("QUIT");
+        here.client.wait_for_close();
     });
 }
 
@@ -697,10 +771,69 @@ TEST(relay, any_bytes_in_lines_of_any_length) {
     here.finish();
 }
 
+namespace {
+
+double cpu_seconds() {
+    timespec now{};
+    ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) / 1e9;
+}
+
+// What it takes a proxy to pass such a message on to a server that throws it away.
+template <typename Proxy>
+double seconds_for(const std::string& message, const std::string& recipient) {
+    struct bin : smtpd::SMTPServer {
+        using SMTPServer::SMTPServer;
+        std::optional<std::string> process_message(const asyncore::address&, const std::string&,
+                                                   const std::vector<std::string>&, std::string&&,
+                                                   const smtpd::message_options&) override {
+            return "250 gone";
+        }
+    };
+    asyncore::map_type map;
+    smtpd::options with;
+    with.map = &map;
+    with.fqdn = "mx.test";
+    with.mailman_lists = "/";
+    bin next({"127.0.0.1", 0}, {}, with);
+    Proxy proxy({"127.0.0.1", 0}, next.socket->getsockname(), with);
+    caller client(map, proxy.socket->getsockname());
+    client.answer();
+    client.ask("EHLO client.test");
+    const double before = cpu_seconds();
+    CHECK_EQ(client.mail("<a@client.test>", {recipient}, message), OK + " / " + OK + " / 354 / 250 gone");
+    return cpu_seconds() - before;
+}
+
+std::string repeated(const std::string& what, std::size_t size) {
+    std::string text;
+    text.reserve(size + what.size());
+    while (text.size() < size) text += what;
+    return text;
+}
+
+}   // namespace
+
+// A body of bare CR took time by the square of its size: seconds for each MiB.
+TEST(relay, no_message_costs_more_than_its_size) {
+    constexpr std::size_t size = 2 << 20;
+    const double plain = seconds_for<smtpd::PureProxy>(repeated(std::string(70, 'x') + "\r\n", size), "b@example");
+    for (const std::string line : {"\r", "\n", ".\n", "\r\r\n", "\n\r", ".\r", "a\r", "a\n", "x-peer\r", "x"})
+        for (const std::string before : {"", "Subject: x\r\n\r\n"}) {
+            const std::string message = before + repeated(line, size);
+            const double one = seconds_for<smtpd::PureProxy>(message, "b@example");
+            const double other = seconds_for<smtpd::MailmanProxy>(message, "b@example");
+            const std::string which = asyncore::repr(before + line) + ": " + std::to_string(one) + " and " +
+                                      std::to_string(other) + " s, not " + std::to_string(plain);
+            if (one > 0.25 + 20 * plain || other > 0.25 + 20 * plain) throw test::failure(which);
+        }
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // X-Peer, options
 // ---------------------------------------------------------------------------------------------------------
 
+// Deviation 51
 TEST(relay, X_Peer_is_the_last_header_line) {
     struct row {
         std::string name, wire;
@@ -717,7 +850,18 @@ TEST(relay, X_Peer_is_the_last_header_line) {
         {"", X + "\r\n"},
         {"Hello, no header\r\nat all\r\n", "Hello, no header\r\nat all\r\n" + X},
         {"A: 1\n\nHello\r\n", "A: 1\r\n" + X + "\r\nHello\r\n"},
-        {"X-Peer: forged\r\n\r\nHello\r\n", "X-Peer: forged\r\n" + X + "\r\nHello\r\n"}};
+        {"X-Peer: forged\r\n\r\nHello\r\n", "X-Peer: forged\r\n" + X + "\r\nHello\r\n"},
+        // The first empty line is the one that is sent, whatever its ends are here.
+        {"Subject: a\r\rbody\r\n\r\nmore\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n\r\nmore\r\n"},
+        {"Subject: a\n\rbody\r\n\r\nmore\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n\r\nmore\r\n"},
+        {"Subject: a\r\n\rbody\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n"},
+        {"Subject: a\r\n\nbody\r\n", "Subject: a\r\n" + X + "\r\nbody\r\n"},
+        {"\rbody\r\n\r\nmore\r\n", X + "\r\nbody\r\n\r\nmore\r\n"},
+        // CR CR LF is one line end, and ends no header.
+        {"A: 1\r\r\nB: 2\r\r\n\r\nHello\r\n", "A: 1\r\nB: 2\r\n" + X + "\r\nHello\r\n"},
+        {"A: 1\r\r\n", "A: 1\r\n" + X},
+        {"A: 1\r\r\r\n", "A: 1\r\n" + X + "\r\n"},
+        {"A: 1\r\r\n\r\n", "A: 1\r\n" + X + "\r\n"}};
     each(rows, [](const row& it, bool use_poll) {
         scene here(use_poll);
         here.client.ask("MAIL FROM:<a@client.test>");
@@ -728,6 +872,55 @@ TEST(relay, X_Peer_is_the_last_header_line) {
         CHECK_EQ(here.up.messages[0].wire, it.wire);
         here.finish();
     });
+}
+
+// Deviation 50
+TEST(relay, more_than_50_hops_are_too_many) {
+    const auto with_hops = [](int count, const std::string& before = "") {
+        std::string text = before;
+        for (int i = 0; i < count; ++i) text += i % 2 ? "x-peer: 192.0.2.1\r\n" : "X-Peer: 192.0.2.1\r";
+        return text + "\r\nX-Peer: not in the header";
+    };
+    scene here;
+    const std::string refused = OK + " / " + OK + " / 354 / 554 Error: too many hops";
+    CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, with_hops(50)), RELAYED);
+    CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, with_hops(51)), refused);
+    CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, with_hops(51, "Subject: x\n")), refused);
+    CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, with_hops(50, "Subject: X-Peer: x\n")), RELAYED);
+    CHECK_EQ(here.up.messages.size(), 2u);
+    here.finish();
+}
+
+// Two proxies that send to each other. MAIL goes round, until one of them has no descriptor left.
+TEST(relay, a_circle_ends) {
+    rlimit before{};
+    CHECK_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+    const rlimit few{200, before.rlim_max};
+    asyncore::map_type map;
+    smtpd::options with;
+    with.map = &map;
+    with.fqdn = "mx.test";
+    support::captured quiet(std::cout);
+    {
+        smtpd::PureProxy one({"127.0.0.1", 0}, {}, with), other({"127.0.0.1", 0}, one.socket->getsockname(), with);
+        one._remoteaddr = other.socket->getsockname();
+        caller client(map, one.socket->getsockname());
+        client.answer();
+        client.ask("EHLO client.test");
+        CHECK_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+        std::string told;
+        try {
+            told = client.ask("MAIL FROM:<a@client.test>");
+        } catch (const std::exception& error) {
+            told = error.what();
+        }
+        ::setrlimit(RLIMIT_NOFILE, &before);
+        CHECK_EQ(told, NOT_AVAILABLE);
+        client.ask("QUIT");
+        client.wait_for_close();
+        support::run_until(map, [&] { return map.size() == 2; });
+        CHECK_EQ(map.size(), 2u);
+    }
 }
 
 // Deviation 41
@@ -767,8 +960,8 @@ TEST(relay, options_are_passed_on_where_they_are_offered) {
         scene here(use_poll, with);
         here.up.extensions = it.offered;
         if (it.offered.empty()) here.up.script["EHLO"] = {says("502 5.5.1 what?")};
-        CHECK_EQ(here.client.ask("MAIL FROM:<\xc3\xa4@client.test>" + it.said), it.told);
-        if (it.told == OK) CHECK_EQ(here.up.heard[0].back(), "MAIL FROM:<\xc3\xa4@client.test>" + it.heard);
+        CHECK_EQ(here.client.ask("MAIL FROM:<a@client.test>" + it.said), it.told);
+        if (it.told == OK) CHECK_EQ(here.up.heard[0].back(), "MAIL FROM:<a@client.test>" + it.heard);
         // The session goes on, on the same connection.
         CHECK_EQ(here.client.ask("RSET"), OK);
         CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body + "\xc3\xa4\xff"), RELAYED);
@@ -776,6 +969,33 @@ TEST(relay, options_are_passed_on_where_they_are_offered) {
         here.finish();
         CHECK_EQ(here.up.heard.size(), 1u);
     });
+}
+
+// Deviation 52
+TEST(relay, SMTPUTF8_is_declared_for_who_needs_it) {
+    const std::string SORRY = "550 Error: SMTPUTF8 is not supported by the next server";
+    const std::string A = "<\xc3\xa4@client.test>", B = "\xc3\xbc@example";
+    for (const bool offered : {true, false}) {
+        scene here;   // which does not offer it itself
+        if (offered) here.up.extensions = {"SMTPUTF8"};
+        CHECK_EQ(here.client.mail(A, {"b@example"}, body), offered ? RELAYED : SORRY);
+        CHECK_EQ(here.client.mail("<a@client.test>", {B}, body), offered ? RELAYED : OK + " / " + SORRY);
+        CHECK_EQ(here.client.ask("RSET"), OK);
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example"}, body), RELAYED);
+        // The first recipient decides what MAIL says.
+        const std::string late = offered ? "550 Error: SMTPUTF8 was not declared" : SORRY;
+        CHECK_EQ(here.client.mail("<a@client.test>", {"b@example", B, "c@example"}, body),
+                 OK + " / " + OK + " / " + late + " / " + OK + " / 354 / " + TAKEN);
+        CHECK_EQ(here.client.mail("<a@client.test>", {B, "c@example", B}, body),
+                 offered ? OK + " / " + OK + " / " + RELAYED
+                         : OK + " / " + SORRY + " / " + OK + " / " + SORRY + " / 354 / " + TAKEN);
+        here.finish();
+        for (const auto& it : here.up.messages) {
+            bool needed = it.mailfrom.find("\xc3") != it.mailfrom.npos;
+            for (const auto& to : it.rcpttos) needed = needed || to == B;
+            CHECK_EQ(it.mailfrom.find(" SMTPUTF8") != it.mailfrom.npos, needed);
+        }
+    }
 }
 
 // Deviation 40
@@ -1027,14 +1247,13 @@ TEST(relay, a_filter_passes_later) {
         later();
         later = nullptr;
         if (stopped) {
-            here.run_until([&] { return here.up.messages.size() == 1; });
-            here.wait_until_upstream_is_left();
+            // The grace is over, and the client was not told 250.
+            here.run_until([&] { return here.map.size() == 1; });
         } else {
             CHECK_EQ(here.client.answer(), TAKEN);
             here.finish();
         }
-        CHECK_EQ(here.up.accepted("tagged-1"), 1u);
-        CHECK_EQ(here.up.heard.size(), stopped ? 2u : 1u);
+        CHECK_EQ(here.up.accepted("tagged-1"), stopped ? 0u : 1u);
     }
 }
 
@@ -1061,6 +1280,94 @@ TEST(relay, the_server_goes_with_a_delivery_in_hand) {
         here.wait_until_upstream_is_left();
         here.run_until([&] { return here.map.size() == 1; });
     }
+}
+
+// A delivery is nobody's channel's; it ends with the grace all the same. So does a farewell that is not answered.
+TEST(relay, stop_ends_deliveries_and_farewells) {
+    for (const std::string at : {"greeting", "EHLO", "MAIL", "RCPT", "DATA", "end", "QUIT"}) {
+        filtered here;
+        std::string told;
+        here.server.process = [&](filter& it, const auto&, const auto& from, const auto& to, auto&& data, const auto&) {
+            it._deliver(from, to, std::move(data), [&](const smtpd::reply& said) { told = said.line(); });
+            return std::nullopt;
+        };
+        here.client.ask("MAIL FROM:<a@client.test>");
+        here.client.ask("RCPT TO:<b@example>");
+        here.client.ask("DATA");
+        here.up.always[at] = says_nothing();
+        const auto silent = [&] { return here.up.heard.size() == 2 && (at == "QUIT" ? told == TAKEN : true); };
+        CHECK_EQ(here.client.ask(body + "\r\n."), OK);
+        here.run_until(silent);
+        const auto start = asyncore::clock::now();
+        here.server.stop(milliseconds(50));
+        here.run_until([&] { return here.map.size() == 1; });
+        CHECK(asyncore::clock::now() - start < std::chrono::seconds(4));   // QUIT alone may take 5
+        CHECK_EQ(told, at == "QUIT" ? TAKEN : "the server is shutting down");
+        const auto& last = here.up.heard[1];
+        CHECK((!last.empty() && last.back() == "QUIT") == (at == "QUIT"));
+    }
+}
+
+TEST(relay, nothing_begins_after_the_grace) {
+    filtered here;
+    here.server.stop(milliseconds(0));
+    std::string told;
+    here.server._deliver("a@client.test", {"b@example"}, body, [&](const smtpd::reply& said) { told = said.line(); });
+    here.run_until([&] { return here.map.size() == 1; });
+    CHECK_EQ(told, "the server is shutting down");
+    CHECK_EQ(here.up.messages.size(), 0u);
+}
+
+// Deviation 50
+TEST(relay, a_proxy_that_would_send_to_itself_says_so) {
+    const auto check = [](const asyncore::address& here, asyncore::address there, bool same_port) {
+        asyncore::map_type map;
+        smtpd::options with;
+        with.map = &map;
+        with.fqdn = "mx.test";
+        smtpd::PureProxy proxy(here, {}, with);
+        if (there.family != AF_UNIX) there.port = proxy.socket->getsockname().port + (same_port ? 0 : 1);
+        proxy._remoteaddr = there;
+        try {
+            proxy.check();
+        } catch (const std::invalid_argument& error) {
+            CHECK_EQ(std::string(error.what()), "it would send to itself: " + there.str());
+            return true;
+        }
+        return false;
+    };
+    for (const auto& [listens, sends] : {std::pair<const char*, const char*>{"127.0.0.1", "127.0.0.1"},
+                                         {"localhost", "localhost"},
+                                         {"127.0.0.1", "::ffff:127.0.0.1"},
+                                         {"127.0.0.1", "0.0.0.0"},
+                                         {"0.0.0.0", "127.0.0.1"},
+                                         {"0.0.0.0", "127.1.2.3"},
+                                         {"0.0.0.0", "0.0.0.0"},
+                                         {"0.0.0.0", "localhost"},
+                                         {"::", "127.0.0.1"},
+                                         {"::", "::1"},
+                                         {"::", "::ffff:127.0.0.1"},
+                                         {"::1", "::1"},
+                                         {"::1", "::"}}) {
+        if (std::string(listens).find(':') != std::string::npos && !has_ipv6()) continue;
+        CHECK_EQ(std::string(listens) + " " + sends + (check({listens, 0}, {sends, 0}, true) ? "" : " is fine"),
+                 std::string(listens) + " " + sends);
+        CHECK(!check({listens, 0}, {sends, 0}, false));
+    }
+    for (const auto& [listens, sends] : {std::pair<const char*, const char*>{"127.0.0.1", "127.0.0.2"},
+                                         {"127.0.0.1", "192.0.2.1"},
+                                         {"0.0.0.0", "192.0.2.1"},
+                                         {"0.0.0.0", "no-such-name.invalid"},
+                                         {"127.0.0.1", "no-such-name.invalid"}})
+        CHECK(!check({listens, 0}, {sends, 0}, true));
+    const std::string path = "/tmp/smtpd-self-" + std::to_string(::getpid());
+    ::unlink(path.c_str());
+    CHECK(check(asyncore::address::unix_path(path), asyncore::address::unix_path(path), true));
+    ::unlink(path.c_str());
+    CHECK(!check(asyncore::address::unix_path(path), asyncore::address::unix_path(path + ".other"), true));
+    ::unlink(path.c_str());
+    CHECK(!check(asyncore::address::unix_path(path), {"127.0.0.1", 25}, true));
+    ::unlink(path.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -519,6 +519,227 @@ TEST(smtplib, what_needs_a_connection_that_is_gone) {
     CHECK_EQ(it.next(), std::string("-1 not connected"));
 }
 
+// Each command, before there is a connection and after it has gone.
+TEST(smtplib, commands_without_a_connection) {
+    for (const bool lost : {false, true}) {
+        talk it;
+        if (lost) {
+            it.connect();
+            it.up.hang_up();
+            it.run_until([&] { return !it.session.connected; });
+        }
+        auto& session = it.session;
+        const auto whole = [&](const smtpd::reply& answer, const smtpd::SMTP::refused&) { it.keep()(answer); };
+        session.docmd("NOOP", it.keep());
+        session.ehlo(it.keep());
+        session.helo(it.keep());
+        session.ehlo_or_helo_if_needed(it.keep());
+        session.mail("a@client.test", {}, it.keep());
+        session.rcpt("b@example", it.keep());
+        session.data("Hello\n", it.keep());
+        session.rset(it.keep());
+        session.sendmail("a@client.test", {"b@example"}, "Hello\n", {}, false, whole);
+        session.sendmail("\xc3\xa4@client.test", {"b@example"}, "Hello\n", {"SMTPUTF8"}, false, whole);
+        CHECK_EQ(it.told.size(), 10u);
+        for (const auto& told : it.told) CHECK_EQ(told, std::string("-1 not connected"));
+        session.quit();
+        session.abandon();
+    }
+}
+
+TEST(smtplib, a_handler_that_is_null) {
+    talk it;
+    auto& session = it.session;
+    const smtpd::SMTP::handler null;
+    const std::vector<std::function<void()>> methods{
+        [&] { session.connect(it.up.where(), null); },
+        [&] { session.open(it.up.where(), null); },
+        [&] { session.docmd("NOOP", null); },
+        [&] { session.ehlo(null); },
+        [&] { session.helo(null); },
+        [&] { session.ehlo_or_helo_if_needed(null); },
+        [&] { session.mail("a@client.test", {}, null); },
+        [&] { session.rcpt("b@example", null); },
+        [&] { session.data("Hello\n", null); },
+        [&] { session.rset(null); },
+        [&] { session.sendmail("a", {"b"}, "Hello\n", {}, false, nullptr); }};
+    const auto try_all = [&] {
+        for (std::size_t i = it.session.connected ? 2 : 0; i < methods.size(); ++i) {
+            bool thrown = false;
+            try {
+                methods[i]();
+            } catch (const std::invalid_argument&) {
+                thrown = true;
+            }
+            CHECK_EQ(std::to_string(i) + (thrown ? "" : " throws nothing"), std::to_string(i));
+        }
+    };
+    try_all();
+    CHECK_EQ(it.connect(), std::string("220 upstream ready"));
+    try_all();
+    it.ehlo();
+    try_all();
+    it.leave();
+    CHECK_EQ(it.up.conversation(0), std::string("EHLO [127.0.0.1] / QUIT"));
+}
+
+TEST(smtplib, connect_without_a_handler) {
+    talk it;
+    asyncore::dispatcher& plain = it.session;
+    plain.connect(it.up.where());
+    it.run_until([&] { return it.up.heard.size() == 1; });
+    for (int i = 0; i < 5; ++i) asyncore::poll(0.01, &it.map);
+    CHECK_EQ(it.ehlo().substr(0, 12), std::string("250-upstream"));
+    it.leave();
+}
+
+TEST(smtplib, open_goes_as_far_as_EHLO) {
+    struct row {
+        std::string stage, told, conversation;
+        act what;
+    };
+    for (const auto& row : {row{"greeting", "554 no", "", says("554 no")},
+                            row{"greeting", "-1 the connection was closed", "", hangs_up()},
+                            row{"EHLO", "250 upstream", "EHLO [127.0.0.1] / HELO [127.0.0.1]", says("502 what?")},
+                            row{"EHLO", "421 bye", "EHLO [127.0.0.1]", says("421 bye")}}) {
+        talk it;
+        it.up.script[row.stage] = {row.what};
+        it.session.open(it.up.where(), it.keep());
+        CHECK_EQ(it.next(), row.told);
+        CHECK_EQ(it.up.conversation(0), row.conversation);
+    }
+}
+
+// An idle session has all the time that its server gives it.
+TEST(smtplib, no_clock_runs_between_two_commands) {
+    smtpd::timeouts wait;
+    wait.command = wait.greeting = wait.connect = milliseconds(300);
+    talk it(wait);
+    it.connect();
+    it.ehlo();
+    CHECK(it.session.deadline() == asyncore::clock::time_point::max());
+    const auto until = asyncore::clock::now() + milliseconds(400);
+    while (asyncore::clock::now() < until) asyncore::poll(0.05, &it.map);
+    CHECK_EQ(it.say("NOOP"), std::string("502 5.5.1 what?"));
+    it.leave();
+}
+
+// QUIT that has waited for the answer to the command under way waits no longer for its own than any other.
+TEST(smtplib, a_late_QUIT_that_is_not_answered) {
+    smtpd::timeouts wait;
+    wait.quit = milliseconds(1000);
+    talk it(wait);
+    it.connect();
+    it.up.script["NOOP"] = {says("250 ok").when_released()};
+    it.up.always["QUIT"] = says_nothing();
+    it.session.docmd("NOOP", it.keep());
+    it.run_until([&] { return it.up.held() == 1; });
+    it.session.quit();
+    it.up.release();
+    it.run_until([&] { return it.up.conversation(0) == "NOOP / QUIT"; });
+    CHECK_EQ(it.told.size(), 1u);
+    CHECK(it.session.deadline() <= asyncore::clock::now() + wait.quit);
+    it.run_until([&] { return !it.session.connected; });
+}
+
+// QUIT can't be said: the session ends all the same.
+TEST(smtplib, a_session_that_can_not_say_QUIT_does_not_stay) {
+    struct mute : smtpd::SMTP {
+        using SMTP::SMTP;
+        bool dumb = false;
+        std::size_t send(std::string_view data) override {
+            if (dumb) throw std::bad_alloc();
+            return SMTP::send(data);
+        }
+    };
+    smtpd::timeouts wait;
+    wait.quit = milliseconds(10);
+    talk_with<mute> it(wait);
+    it.connect();
+    it.ehlo();
+    it.session.dumb = true;
+    it.session.abandon();
+    CHECK(it.session.deadline() <= asyncore::clock::now() + wait.quit);
+    it.session.ignore_log_types = {"error", "warning"};
+    it.run_until([&] { return !it.session.connected; });
+}
+
+// What on_close throws does not leave without an answer who waits for one.
+TEST(smtplib, on_close_that_throws) {
+    talk it;
+    it.connect();
+    it.up.always["NOOP"] = hangs_up();
+    it.session.on_close = [] { throw std::runtime_error("the fault of on_close"); };
+    support::captured out(std::cout);
+    CHECK_EQ(it.say("NOOP"), std::string("-1 the connection was closed"));
+    CHECK(out.text().find("the fault of on_close") != std::string::npos);
+    for (const bool exits : {false, true}) {   // a destructor throws nothing
+        smtpd::SMTP session(&it.map);
+        session.on_close = [exits] {
+            if (exits) throw asyncore::ExitNow();
+            throw std::runtime_error("too late");
+        };
+    }
+}
+
+// Destroyed while it waits for an answer, it says that it has ended, and no more.
+TEST(smtplib, destroyed_while_an_answer_is_awaited) {
+    asyncore::map_type map;
+    upstream up(map);
+    up.always["NOOP"] = says_nothing();
+    auto session = std::make_unique<smtpd::SMTP>(&map);
+    bool ready = false, answered = false, closed = false;
+    session->on_close = [&] { closed = true; };
+    session->open(up.where(), [&](const smtpd::reply&) { ready = true; });
+    support::run_until(map, [&] { return ready; });
+    session->docmd("NOOP", [&](const smtpd::reply&) { answered = true; });
+    support::run_until(map, [&] { return up.heard[0].size() == 2; });
+    session.reset();
+    CHECK(closed);
+    CHECK(!answered);
+    support::run_until(map, [&] { return up.open() == 0; });
+}
+
+// Deviation 52
+TEST(smtplib, SMTPUTF8_where_an_address_needs_it) {
+    const std::string A = "\xc3\xa4@client.test", B = "\xc3\xbc@example";
+    for (const bool offered : {true, false}) {
+        talk it;
+        if (offered) it.up.extensions = {"SMTPUTF8"};
+        it.connect();
+        it.ehlo();
+        const auto outcome_of = [&](const std::string& from, const std::vector<std::string>& to,
+                                    const std::vector<std::string>& options) {
+            it.session.sendmail(from, to, "Hello\n", options, false,
+                                [&](const smtpd::reply& answer, const auto&) { it.keep()(answer); });
+            return it.next();
+        };
+        const std::string needed = offered ? TAKEN : "550 Error: SMTPUTF8 is not supported by the next server";
+        CHECK_EQ(outcome_of("a@client.test", {"b@example"}, {}), TAKEN);
+        CHECK_EQ(outcome_of(A, {"b@example"}, {}), needed);
+        CHECK_EQ(outcome_of(A, {"b@example"}, {"SMTPUTF8"}), needed);
+        CHECK_EQ(outcome_of("a@client.test", {"b@example", B}, {}), needed);
+        it.leave();
+        std::size_t declared = 0;
+        for (const auto& line : it.up.heard[0])
+            if (line.substr(0, 4) == "MAIL") declared += line.find(" SMTPUTF8") != line.npos;
+        CHECK_EQ(declared, offered ? 3u : 0u);
+    }
+    upstream_thread other;
+    CHECK_EQ(outcome(other.up, {B}), std::string("throws 550 Error: SMTPUTF8 is not supported by the next server"));
+    other.join();
+    upstream_thread able([](upstream& up) { up.extensions = {"SMTPUTF8"}; });
+    CHECK_EQ(outcome(able.up, {B}), std::string());
+    able.join();
+    CHECK_EQ(able.up.messages.at(0).mailfrom, std::string("MAIL FROM:<a@client.test> SMTPUTF8"));
+}
+
+TEST(sendmail, any_yes_to_the_message_is_one) {
+    upstream_thread it([](upstream& up) { up.always["end"] = says("252 2.0.0 kept"); });
+    CHECK_EQ(outcome(it.up, {"b@example"}), std::string());
+    it.join();
+}
+
 TEST(smtplib, SMTPUTF8_that_is_not_offered) {
     talk it;
     it.connect();

@@ -262,7 +262,7 @@ class upstream::session : public asynchat::async_chat {
             open_ = false;
             mail& it = server_->messages[mine_];
             it.told += now_.bytes;
-            it.accepted = code == 250 && (it.told == now_.bytes || it.accepted);
+            it.accepted = code / 100 == 2 && (it.told == now_.bytes || it.accepted);
         }
         if (code == 421) spoiled_ = true;
     }

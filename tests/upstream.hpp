@@ -58,7 +58,7 @@ class upstream : public asyncore::dispatcher {
         std::string wire;                   // as it came, without the last dot
         std::string data;                   // the same without the doubled dots
         std::string told;                   // what was answered
-        bool accepted = false;              // that was 250, or began with a whole 250
+        bool accepted = false;              // that was a 2yz, or began with a whole one
         std::size_t connection = 0;
     };
 

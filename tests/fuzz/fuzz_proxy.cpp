@@ -24,7 +24,11 @@ enum : char {
 
 // What the next server should be sent for a message: X-Peer at the end of the header, and the last line's end.
 std::string relayed(const std::string& data) {
-    auto lines = split(data, "\n");
+    std::string sent;   // with the line ends that it will have
+    for (std::size_t i = 0; i < data.size(); ++i)
+        if (data[i] != '\r' || data.substr(i + 1, 1) != "\n") sent += data[i] == '\r' ? '\n' : data[i];
+    auto lines = split(sent, "\n");
+    if (!data.empty() && data.back() == '\r') lines.pop_back();   // what ends the message belongs to it
     lines.insert(std::find(lines.begin(), lines.end(), ""), "X-Peer: unix");
     std::string text;
     for (const auto& line : lines) text += line + "\n";
@@ -142,7 +146,7 @@ void run(choices& input) {
         mail_accepted += it.sees.mail_accepted;
         rcpt_accepted += it.sees.rcpt_accepted;
         for (const auto& message : it.sees.messages)
-            if (!message.answers.empty() && message.answers[0] == 250) taken.push_back(message);
+            if (!message.answers.empty() && message.answers[0] / 100 == 2) taken.push_back(message);
     }
     std::size_t recipients = 0, next = 0;
     for (const auto& it : conversation(client_said, client->output, broken_off)) {
