@@ -21,7 +21,7 @@ law.cpp feeds the bytes, callgrind counts the server's passes over them. What is
     an event        the longest pass of the loop, the shortest of three runs, with the time of two copies of the
                     message (4 MiB; for commands what one recv() brings: 64 KiB) and 2 ms for a busy machine
 
---law does this part alone, for the cases whose names contain PATTERN, and names the functions that cost most.
+--law does this part alone, for the cases whose "CLASS: CASE" contains PATTERN, and names the functions that cost most.
 
 ceiling.txt holds a ceiling for each; one that is exceeded makes the exit status 1. --update writes the ceilings
 of the first two anew, 10 % above what was measured; the others are fixed.
@@ -157,13 +157,14 @@ def build_and_size(scratch):
 
 # ---- The law ---------------------------------------------------------------------------------------------
 
-SMALL, LARGE, TIMED = 1 << 16, 1 << 20, 1 << 22
-HOPELESS = 40               # a case that is so much above at 64 KiB isn't tried at 1 MiB
+TINY, SMALL, MIDDLE, LARGE, TIMED = 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22
+DEAR = 50                   # instructions a byte: beyond, 256 KiB stand in for 1 MiB
 GRACE = 2e6                 # nanoseconds
 PLAIN = b'The quick brown fox jumps over the lazy dog, and then over the dog again, 7.\r\n'
 PLAIN_CLASSES = ('SMTPServer', 'SMTPServer decode_data', 'DebuggingServer', 'DebuggingServer decode_data', 'PureProxy',
                  'MailmanProxy')
 COMMAND_CLASSES = ('SMTPServer SMTPUTF8', 'PureProxy', 'MailmanProxy')
+PASSED_ON = re.compile('RCPT|RSET|DATA|NOOP$|list')     # the commands that a proxy's channel sees to
 
 
 def fill(unit, size):
@@ -282,9 +283,8 @@ class Case:
         return self.cost[size] / self.reference.cost[size] if self.reference and size in self.cost else None
 
     def growth(self):
-        if not all(size in self.cost for size in (SMALL, LARGE)):
-            return None
-        return self.cost[LARGE] / self.cost[SMALL] / (LARGE / SMALL)
+        large = max(self.cost, default=0)
+        return self.cost[large] / self.cost[SMALL] / (large / SMALL) if large > SMALL else None
 
 
 def case_table(name, pattern):
@@ -307,21 +307,21 @@ def case_table(name, pattern):
             sizes = (size,) if size else (SMALL, LARGE)
             for what, unit in BODIES.items():
                 full = 'message: %s%s' % (what, ' by %d' % packet if size else '')
-                if (not size or what in BODIES_IN_PACKETS) and pattern in full:
+                if (not size or what in BODIES_IN_PACKETS) and pattern in name + ': ' + full:
                     cases.append(Case('body', full, body(unit), reference('body', 'text', body(PLAIN), packet, sizes),
                                       packet, sizes))
     if name in COMMAND_CLASSES:
         for what, line in commands().items():
-            if pattern in 'command: ' + what:
-                key = len(line)
-                cases.append(Case('commands', 'command: ' + what, by_line(line, key),
-                                  reference('commands', key, by_line(reference_line(key), key), 65536, (SMALL, LARGE))))
+            if pattern in name + ': command: ' + what and (name == COMMAND_CLASSES[0] or PASSED_ON.match(what)):
+                key, sizes = len(line), (SMALL, LARGE) if PASSED_ON.match(what) else (TINY,)
+                cases.append(Case('commands', 'command: ' + what, by_line(line, key), reference(
+                    'commands', key, by_line(reference_line(key), key), 65536, (TINY, SMALL, LARGE)), 65536, sizes))
         for what, unit in NO_LINE.items():
-            if pattern in 'no line: ' + what:
+            if pattern in name + ': no line: ' + what:
                 cases.append(Case('commands', 'no line: ' + what, (lambda u: lambda size: fill(u, size))(unit),
                                   reference('commands', 512, by_line(reference_line(512), 512), 65536, (SMALL, LARGE))))
         for what, text in TRANSACTIONS.items():
-            if pattern in 'transaction: ' + what:
+            if pattern in name + ': transaction: ' + what:
                 cases.append(Case('commands', 'transaction: ' + what, by_line(b'RSET\r\n' + text, len(text) + 6)))
     return list(references.values()), cases
 
@@ -349,10 +349,23 @@ class Law:
             sys.exit('counts: %s: %s' % (self.name, done.stderr))
         return done.stderr
 
+    def sizes_of(self, case):
+        """At which a case is counted; what is above at 64 KiB already, isn't at 1 MiB."""
+        if LARGE in case.sizes and SMALL in case.cost:
+            dear = case.cost[SMALL] > DEAR * SMALL
+            if case in self.references:
+                return (MIDDLE,) if dear else (MIDDLE, LARGE)
+            if case.ratio(SMALL) and case.ratio(SMALL) > self.ceilings['law_times_plain']:
+                return ()
+            return (MIDDLE,) if dear or (case.reference and case.reference.cost[SMALL] > DEAR * SMALL) else (LARGE,)
+        return case.sizes
+
     def count(self):
-        for size in sorted({size for case in self.cases for size in case.sizes}):
+        for size in (*IN_PACKETS.values(), TINY, SMALL, MIDDLE, LARGE):
             cases = [case for case in self.references + self.cases
-                     if size in case.sizes and not (size == LARGE and (case.ratio(SMALL) or 0) > HOPELESS)]
+                     if size not in case.cost and size in self.sizes_of(case) and not (size == LARGE and SMALL not in case.cost)]
+            if not cases:
+                continue
             out = os.path.join(self.scratch, 'callgrind.%d' % size)
             self.run(['valgrind', '-q', '--tool=callgrind', '--toggle-collect=law_pass', '--dump-after=law_case',
                       '--callgrind-out-file=' + out, *self.command()], cases, size)
@@ -417,6 +430,7 @@ def law(ceilings, pattern='', tell=False):
     worst = dict.fromkeys(('law_times_plain', 'law_growth', 'law_times_copying'), 0)
     with tempfile.TemporaryDirectory() as scratch:
         laws = [Law(name, scratch, pattern, ceilings) for name in dict.fromkeys(PLAIN_CLASSES + COMMAND_CLASSES)]
+        laws = [it for it in laws if it.cases]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(Law.count, laws))
         print('%-28s %-44s %9s %9s %7s %9s %9s' % ('class', 'case', 'x plain', '1 MiB', 'growth', 'ms', 'ms'))
@@ -471,7 +485,7 @@ def measure():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--update', action='store_true', help='write the ceilings of instructions and system calls anew')
-    parser.add_argument('--law', nargs='?', const='', metavar='PATTERN', help='only the law, every case whose name contains PATTERN')
+    parser.add_argument('--law', nargs='?', const='', metavar='PATTERN', help='only the law: the cases for whose "CLASS: CASE" contains PATTERN')
     args = parser.parse_args()
     for tool in ('valgrind', 'strace'):
         if shutil.which(tool) is None:
