@@ -19,7 +19,7 @@ law.cpp feeds the bytes, callgrind counts the server's passes over them. What is
     a short one     (less than 24 bytes) with as many NOOPs, since no address fits there
     no line at all  with MAIL lines of 512 bytes
     an event        the longest pass of the loop, the shortest of three runs, with the time of two copies of the
-                    message (4 MiB; for commands what one recv() brings: 64 KiB) and 2 ms for a busy machine
+                    message (4 MiB; of commands 64 KiB, what one recv() brings) and 2 ms, all in processor time
 
 --law does this part alone, for the cases whose "CLASS: CASE" contains PATTERN, and names the functions that cost most.
 
@@ -157,7 +157,7 @@ def build_and_size(scratch):
 
 # ---- The law ---------------------------------------------------------------------------------------------
 
-TINY, SMALL, MIDDLE, LARGE, TIMED = 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22
+TINY, SMALL, MIDDLE, LARGE, TIMED = 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22
 DEAR = 50                   # instructions a byte: beyond, 256 KiB stand in for 1 MiB
 GRACE = 2e6                 # nanoseconds
 PLAIN = b'The quick brown fox jumps over the lazy dog, and then over the dog again, 7.\r\n'
@@ -375,7 +375,7 @@ class Law:
                     case.cost[size] = int(re.search(r'^summary: (\d+)', f.read(), re.M).group(1))
 
     def time(self):
-        """Alone: what else the machine does counts."""
+        """The longest event of each case that isn't hopeless, alone on the machine."""
         for kind, size in (('body', TIMED), ('commands', SMALL)):
             cases = [case for case in self.cases if case.kind == kind and case.packet == 65536 and
                      (case.growth() is not None or kind == 'commands')]
