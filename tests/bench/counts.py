@@ -361,7 +361,7 @@ class Law:
         return case.sizes
 
     def count(self):
-        for size in (*IN_PACKETS.values(), TINY, SMALL, MIDDLE, LARGE):
+        for size in sorted({*IN_PACKETS.values(), TINY, SMALL, MIDDLE, LARGE}):
             cases = [case for case in self.references + self.cases
                      if size not in case.cost and size in self.sizes_of(case) and not (size == LARGE and SMALL not in case.cost)]
             if not cases:
