@@ -254,12 +254,11 @@ def commands():
 
 NO_LINE = {'no line end': b'x', 'CR': b'\r', 'LF': b'\n', 'NUL': b'\0', 'spaces': b' ', 'CR x': b'\rx', 'high bytes': b'\xff',
            'U+2003': '\u2003'.encode()}
-# Whole transactions: what they cost is theirs; it may not grow.
+# Whole transactions: what they cost is theirs; it may not grow. Not by the proxies: most of it would be the next server's.
 TRANSACTIONS = {
     'empty messages': b'MAIL FROM:a\r\nRCPT TO:a\r\nDATA\r\n.\r\n',
     'RSET between': b'MAIL FROM:a\r\nRSET\r\n',
     'MAIL, RCPT, RSET': b'MAIL FROM:a\r\nRCPT TO:a\r\nRSET\r\n',
-    'lists': b'MAIL FROM:a\r\nRCPT TO:a@list.test\r\nDATA\r\n.\r\n',
 }
 
 
@@ -321,7 +320,7 @@ def case_table(name, pattern):
                 cases.append(Case('commands', 'no line: ' + what, (lambda u: lambda size: fill(u, size))(unit),
                                   reference('commands', 512, by_line(reference_line(512), 512), 65536, (SMALL, LARGE))))
         for what, text in TRANSACTIONS.items():
-            if pattern in name + ': transaction: ' + what:
+            if name == COMMAND_CLASSES[0] and pattern in name + ': transaction: ' + what:
                 cases.append(Case('commands', 'transaction: ' + what, by_line(b'RSET\r\n' + text, len(text) + 6)))
     return list(references.values()), cases
 
