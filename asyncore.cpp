@@ -1037,13 +1037,21 @@ void async_chat::consume() {
 
 namespace {
 
-// Where the needle is. Lines end all the time: what else is in the needle is looked for first.
+// Where the needle is. Lines end all the time, so the first byte of the needle that is neither CR nor LF is looked for.
+// Where one is found in vain, no needle can have it before it, which rules out the next few bytes.
 std::size_t find_terminator(std::string_view haystack, std::string_view needle) {
-    const std::size_t other = needle.find_first_not_of("\r\n");
-    const std::size_t rarest = other == needle.npos ? 0 : other;
-    for (std::size_t at = haystack.find(needle[rarest], rarest); at != haystack.npos;
-         at = haystack.find(needle[rarest], at + 1))
-        if (haystack.substr(at - rarest, needle.size()) == needle) return at - rarest;
+    const std::size_t other = needle.find_first_not_of("\r\n"), rarest = other == needle.npos ? 0 : other;
+    const char byte = needle[rarest];
+    for (std::size_t at = rarest; at < haystack.size(); at += rarest + 1) {
+        for (int near = 0; near < 4 && haystack[at] != byte; ++near)
+            if (++at == haystack.size()) return haystack.npos;
+        if (haystack[at] != byte && (at = haystack.find(byte, at)) == haystack.npos) break;
+        const std::size_t start = at - rarest;
+        if (rarest > 0 && haystack[at - 1] != needle[rarest - 1]) continue;
+        std::size_t same = rarest + 1;
+        while (same < needle.size() && start + same < haystack.size() && haystack[start + same] == needle[same]) ++same;
+        if (same == needle.size() && haystack.substr(start, rarest) == needle.substr(0, rarest)) return start;
+    }
     return haystack.npos;
 }
 

@@ -67,14 +67,14 @@ std::size_t utf8_length(std::string_view text) {
     return 4;
 }
 
-bool is_utf8(std::string_view text) {
-    while (!text.empty()) {
-        const std::size_t length = utf8_length(text);
-        if (length == 0) return false;
-        text.remove_prefix(length);
-    }
-    return true;
+// The bytes that whole UTF-8 characters take at the front of the text.
+std::size_t utf8_prefix(std::string_view text) {
+    std::size_t size = 0;
+    while (const std::size_t length = utf8_length(text.substr(size))) size += length;
+    return size;
 }
+
+bool is_utf8(std::string_view text) { return utf8_prefix(text) == text.size(); }
 
 // The length of the white space that the text begins with; or 0. Python: str.isspace()
 std::size_t space_length(std::string_view text) {
@@ -397,17 +397,23 @@ address_parser::result address_parser::get_angle_addr() {
 void append_unstuffed(std::string& out, std::string_view in) {
     const std::size_t before = out.size();
     out.resize(before + in.size());
-    char* end = out.data() + before;
-    while (!in.empty()) {
-        const std::size_t size = std::min(in.find('\r'), in.size());
-        end = std::copy_n(in.data(), size, end);
-        in.remove_prefix(size);
-        if (in.empty()) break;
-        const bool newline = in.substr(0, 2) == "\r\n";
-        *end++ = newline ? '\n' : '\r';
-        in.remove_prefix(!newline ? 1 : in.substr(2, 1) == "." ? 3 : 2);
+    char* to = out.data() + before;
+    for (const char *from = in.data(), *const end = from + in.size(); from < end;) {
+        if (*from != '\r') {
+            for (int near = 0; near < 8 && from < end && *from != '\r'; ++near) *to++ = *from++;
+            if (from == end || *from == '\r') continue;   // short lines take no call
+            const std::string_view rest(from, static_cast<std::size_t>(end - from));
+            const std::size_t size = std::min(rest.find('\r'), rest.size());
+            to = std::copy_n(from, size, to);
+            from += size;
+        } else if (++from == end || *from != '\n') {
+            *to++ = '\r';
+        } else {
+            *to++ = '\n';
+            if (++from < end && *from == '.') ++from;
+        }
     }
-    out.resize(static_cast<std::size_t>(end - out.data()));
+    out.resize(static_cast<std::size_t>(to - out.data()));
 }
 
 }   // namespace
@@ -542,7 +548,7 @@ void SMTPChannel::_set_post_data_state() {
     rcpttos.clear();
     require_SMTPUTF8 = false;
     num_bytes = 0;
-    declared_size_ = data_left_ = 0;
+    declared_size_ = data_left_ = utf8_size_ = 0;
     data_starts_ = false;
     set_terminator("\r\n");
 }
@@ -621,6 +627,7 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
     if (num_bytes == data.size() && data[0] == '.') data.remove_prefix(1);   // the first line's dot
     if (num_bytes >= 65536) make_room(data.size());
     append_unstuffed(received_lines, data);
+    if (_decode_data) utf8_size_ += utf8_prefix(std::string_view(received_lines).substr(utf8_size_));
 }
 
 // Makes room for a message at once: as much as was declared, or as the message before it took; beyond 4 MiB, as much
@@ -746,7 +753,7 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         return push("552 Error: Too much mail data");
     }
     smtp_server->message_size_ = size;
-    if (_decode_data && !is_utf8(line)) {
+    if (_decode_data && std::exchange(utf8_size_, 0) != line.size()) {
         _set_post_data_state();
         return push("554 Error: message is not valid UTF-8");
     }
@@ -1215,22 +1222,32 @@ std::optional<std::string> SMTPServer::process_message(const address&, const std
 
 namespace {
 
-// The text, but nothing that could drive a terminal: a control character or an invalid byte shows as \xNN.
-void print(std::ostream& out, std::string_view line) {
-    while (!line.empty()) {
-        const std::size_t length = utf8_length(line);
-        const bool c1 = length == 2 && line[0] == '\xc2' && static_cast<unsigned char>(line[1]) < 0xa0;
-        if (length == 0 || c1 || (is_control(line[0]) && line[0] != '\t')) {
-            const auto byte = static_cast<unsigned char>(line[0]);
-            out << "\\x"
-                << "0123456789abcdef"[byte >> 4] << "0123456789abcdef"[byte & 15];
-            line.remove_prefix(1);
-        } else {
-            out << line.substr(0, length);
-            line.remove_prefix(length);
-        }
+// Bytes at the front that are printed as they are: ASCII without control characters, eight at a time as long as it goes.
+std::size_t plain_length(std::string_view text) {
+    constexpr std::uint64_t each = 0x0101010101010101;
+    std::size_t size = 0;
+    for (std::uint64_t eight; size + sizeof eight <= text.size(); size += sizeof eight) {
+        std::memcpy(&eight, text.data() + size, sizeof eight);
+        if ((eight | (eight - each * ' ') | (eight + each)) & each * 0x80) break;
     }
-    out << '\n';
+    while (size < text.size() && !is_control(text[size]) && static_cast<unsigned char>(text[size]) < 0x80) ++size;
+    return size;
+}
+
+// Takes a character off the text and prints it, but nothing that could drive a terminal: a control character or an
+// invalid byte shows as \xNN.
+void print_character(std::string& out, std::string_view& text) {
+    const std::size_t length = utf8_length(text);
+    const auto byte = static_cast<unsigned char>(text[0]);
+    const bool c1 = length == 2 && text[0] == '\xc2' && static_cast<unsigned char>(text[1]) < 0xa0;
+    if (length == 0 || c1 || (is_control(text[0]) && text[0] != '\t')) {
+        const char shown[] = {'\\', 'x', "0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]};
+        out.append(shown, sizeof shown);
+        text.remove_prefix(1);
+    } else {
+        out.append(text, 0, length);
+        text.remove_prefix(length);
+    }
 }
 
 // The length of the line end that the text begins with, as splitlines() of bytes or of str has it; or 0.
@@ -1250,18 +1267,28 @@ std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "un
 }   // namespace
 
 void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
+    std::string text;
     bool inheaders = true;
-    while (!data.empty()) {
-        std::size_t end = 0, newline = 0;
-        while (end < data.size() && (newline = newline_length(data.substr(end), settings.decode_data)) == 0) ++end;
-        const std::string_view line = data.substr(0, end);
-        data.remove_prefix(end + newline);
-        if (inheaders && line.empty()) {
-            print(out, "X-Peer: " + peer_host(peer));
+    std::size_t newline = 1;   // bytes of the line end that was met; 0: in a line
+    for (; !data.empty(); data.remove_prefix(newline)) {
+        if (inheaders && newline > 0 && newline_length(data, settings.decode_data) > 0) {
+            text += "X-Peer: " + peer_host(peer) + "\n";
             inheaders = false;
         }
-        print(out, line);
+        const std::size_t plain = plain_length(data);
+        text.append(data, 0, plain);
+        data.remove_prefix(plain);
+        newline = data.empty() ? 0 : newline_length(data, settings.decode_data);
+        if (newline > 0)
+            text += '\n';
+        else if (!data.empty())
+            print_character(text, data);
+        if (text.size() < 65536) continue;
+        out << text;
+        text.clear();
     }
+    if (newline == 0) text += '\n';
+    out << text;
 }
 
 std::optional<std::string> DebuggingServer::process_message(const address& peer, const std::string&,
