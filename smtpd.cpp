@@ -1343,6 +1343,7 @@ std::string reply::line() const {
 
 SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, map), wait_(wait) {
     set_terminator("\n");
+    why_.reserve(200);   // so that an error can be kept when it is one of memory
 }
 
 SMTP::~SMTP() {
