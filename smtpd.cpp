@@ -1983,7 +1983,7 @@ PureProxy::~PureProxy() {
     for (SMTP* session : std::exchange(deliveries_, {})) session->abandon();
 }
 
-void PureProxy::check() const { check_next(*this, _remoteaddr); }
+void PureProxy::check_settings() const { check_next(*this, _remoteaddr); }
 
 void PureProxy::stop(std::chrono::milliseconds grace) {
     *stop_by_ = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
@@ -2117,8 +2117,8 @@ bool MailmanProxy::list_exists(const std::string& listname, const std::string& d
     return false;
 }
 
-void MailmanProxy::check() const {
-    PureProxy::check();
+void MailmanProxy::check_settings() const {
+    PureProxy::check_settings();
     check_next(*this, settings.mailman_lmtp);
     list_exists("lists", "invalid");
 }
