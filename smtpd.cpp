@@ -1230,9 +1230,10 @@ class message_producer : public asynchat::producer {
         if (done_) return "";
         std::size_t left = 0;
         for (const auto part : parts_) left += part.size();
-        std::string piece(std::min<std::size_t>(2 * left + 5, 65536), '\0');
-        char* out = piece.data();
-        const char* const end = out + piece.size();
+        const std::size_t size = std::min<std::size_t>(2 * left + 5, 65536);
+        const std::unique_ptr<char[]> piece(new char[size]);   // not filled first, as a string would be
+        char* out = piece.get();
+        const char* const end = out + size;
         char last = last_;   // locals are what a loop of bytes needs
         std::size_t column = column_;
         for (auto& part : parts_) {
@@ -1263,8 +1264,7 @@ class message_producer : public asynchat::producer {
         done_ = left == 0 && end - out >= 5;
         if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
         if (done_) out = std::copy_n(".\r\n", 3, out);
-        piece.resize(static_cast<std::size_t>(out - piece.data()));
-        return piece;
+        return {piece.get(), out};
     }
 
   private:
