@@ -274,7 +274,7 @@ static int run(const std::vector<std::string>& args) {
         return 1;
     }
     if (options.setuid) become_nobody();
-    server->check();
+    server->check_settings();
     if (server->relays() && !is_loopback(server->socket->getsockname()))
         std::cerr << program << ": warning: whoever can reach " << options.local.str()
                   << " can send mail anywhere through it\n";

@@ -1356,9 +1356,10 @@ class message_producer : public asynchat::producer {
         if (done_) return "";
         std::size_t left = 0;
         for (const auto part : parts_) left += part.size();
-        std::string piece(std::min<std::size_t>(2 * left + 5, 65536), '\0');
-        char* out = piece.data();
-        const char* const end = out + piece.size();
+        const std::size_t size = std::min<std::size_t>(2 * left + 5, 65536);
+        const std::unique_ptr<char[]> piece(new char[size]);   // not filled first, as a string would be
+        char* out = piece.get();
+        const char* const end = out + size;
         char last = last_;   // locals are what a loop of bytes needs
         std::size_t column = column_;
         for (auto& part : parts_) {
@@ -1389,8 +1390,7 @@ class message_producer : public asynchat::producer {
         done_ = left == 0 && end - out >= 5;
         if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
         if (done_) out = std::copy_n(".\r\n", 3, out);
-        piece.resize(static_cast<std::size_t>(out - piece.data()));
-        return piece;
+        return {piece.get(), out};
     }
 
   private:
@@ -1469,6 +1469,7 @@ std::string reply::line() const {
 
 SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, map), wait_(wait) {
     set_terminator("\n");
+    why_.reserve(200);   // so that an error can be kept when it is one of memory
 }
 
 SMTP::~SMTP() {
@@ -2108,7 +2109,7 @@ PureProxy::~PureProxy() {
     for (SMTP* session : std::exchange(deliveries_, {})) session->abandon();
 }
 
-void PureProxy::check() const { check_next(*this, _remoteaddr); }
+void PureProxy::check_settings() const { check_next(*this, _remoteaddr); }
 
 void PureProxy::stop(std::chrono::milliseconds grace) {
     *stop_by_ = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
@@ -2242,8 +2243,8 @@ bool MailmanProxy::list_exists(const std::string& listname, const std::string& d
     return false;
 }
 
-void MailmanProxy::check() const {
-    PureProxy::check();
+void MailmanProxy::check_settings() const {
+    PureProxy::check_settings();
     check_next(*this, settings.mailman_lmtp);
     list_exists("lists", "invalid");
 }

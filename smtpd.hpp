@@ -304,7 +304,7 @@ class SMTPServer : public asyncore::dispatcher {
     // them within `grace`. The loop goes on until they are gone.
     virtual void stop(std::chrono::milliseconds grace);
     // Throws when it can't do its work as it is set up. The program asks once, when it has dropped its privileges.
-    virtual void check() const {}
+    virtual void check_settings() const {}
 
     bool readable() override { return !resting_; }
     asyncore::clock::time_point deadline() override;
@@ -520,7 +520,7 @@ class PureProxy : public SMTPServer {
     ~PureProxy() override;
     std::string class_name() const override { return "smtpd.PureProxy"; }
     bool relays() const override { return true; }
-    void check() const override;                           // the next server must be another one
+    void check_settings() const override;                  // the next server must be another one
     void stop(std::chrono::milliseconds grace) override;   // the sessions with the next server end with the channels
     std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                const asyncore::address& addr) override;
@@ -616,7 +616,7 @@ class MailmanProxy : public PureProxy {
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const message_options& kwargs) override;
 
-    void check() const override;   // and list_exists() must be able to tell
+    void check_settings() const override;   // and list_exists() must be able to tell
 
     // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists. Throws
     // std::system_error when that can't be told: the recipient gets 451.

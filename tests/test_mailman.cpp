@@ -404,7 +404,7 @@ TEST(mailman, a_list_that_can_not_be_looked_up_is_451) {
         mailman_scene here;
         const auto lists = here.lists.path() / "lists";
         support::captured out(std::cout);
-        here.server.check();
+        here.server.check_settings();
         const auto aside = here.lists.path() / "aside";
         if (how != "the list's own folder") std::filesystem::rename(lists, aside);
         if (how == "a file") std::ofstream(lists) << "not a folder";
@@ -412,7 +412,7 @@ TEST(mailman, a_list_that_can_not_be_looked_up_is_451) {
         if (how == "the list's own folder")
             std::filesystem::create_symlink("sick.example.com", lists / "sick.example.com");
         if (how != "the list's own folder") {
-            CHECK_THROWS(here.server.check(), std::system_error);
+            CHECK_THROWS(here.server.check_settings(), std::system_error);
             CHECK_EQ(here.mail({"list@example.com", "b@example"}), OK + " / " + NOT_AVAILABLE + " / " + NOT_AVAILABLE);
             std::filesystem::remove(lists);
             std::filesystem::rename(aside, lists);
