@@ -1222,32 +1222,37 @@ std::optional<std::string> SMTPServer::process_message(const address&, const std
 
 namespace {
 
+bool is_plain(char c) { return (c >= ' ' && c < 0x7f) || c == '\t'; }
+
 // Bytes at the front that are printed as they are: ASCII without control characters, eight at a time as long as it goes.
 std::size_t plain_length(std::string_view text) {
     constexpr std::uint64_t each = 0x0101010101010101;
     std::size_t size = 0;
+    while (size < text.size() && is_plain(text[size]) && size < 4) ++size;
+    if (size < 4) return size;
     for (std::uint64_t eight; size + sizeof eight <= text.size(); size += sizeof eight) {
         std::memcpy(&eight, text.data() + size, sizeof eight);
         if ((eight | (eight - each * ' ') | (eight + each)) & each * 0x80) break;
     }
-    while (size < text.size() && !is_control(text[size]) && static_cast<unsigned char>(text[size]) < 0x80) ++size;
+    while (size < text.size() && is_plain(text[size])) ++size;
     return size;
 }
 
 // Takes a character off the text and prints it, but nothing that could drive a terminal: a control character or an
-// invalid byte shows as \xNN.
-void print_character(std::string& out, std::string_view& text) {
-    const std::size_t length = utf8_length(text);
+// invalid byte shows as \xNN. Four bytes are room enough.
+char* print_character(char* to, std::string_view& text) {
     const auto byte = static_cast<unsigned char>(text[0]);
-    const bool c1 = length == 2 && text[0] == '\xc2' && static_cast<unsigned char>(text[1]) < 0xa0;
-    if (length == 0 || c1 || (is_control(text[0]) && text[0] != '\t')) {
-        const char shown[] = {'\\', 'x', "0123456789abcdef"[byte >> 4], "0123456789abcdef"[byte & 15]};
-        out.append(shown, sizeof shown);
+    const std::size_t length = byte < 0xc2 ? 0 : utf8_length(text);
+    const bool c1 = byte == 0xc2 && length == 2 && static_cast<unsigned char>(text[1]) < 0xa0;
+    if (length == 0 || c1) {
+        *to++ = '\\', *to++ = 'x';
+        *to++ = "0123456789abcdef"[byte >> 4], *to++ = "0123456789abcdef"[byte & 15];
         text.remove_prefix(1);
     } else {
-        out.append(text, 0, length);
+        to = std::copy_n(text.data(), length, to);
         text.remove_prefix(length);
     }
+    return to;
 }
 
 // The length of the line end that the text begins with, as splitlines() of bytes or of str has it; or 0.
@@ -1267,28 +1272,32 @@ std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "un
 }   // namespace
 
 void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
-    std::string text;
+    std::string text(16384, '\0');
     bool inheaders = true;
     std::size_t newline = 1;   // bytes of the line end that was met; 0: in a line
-    for (; !data.empty(); data.remove_prefix(newline)) {
-        if (inheaders && newline > 0 && newline_length(data, settings.decode_data) > 0) {
-            text += "X-Peer: " + peer_host(peer) + "\n";
-            inheaders = false;
+    while (!data.empty()) {
+        char *to = text.data(), *const full = to + text.size() - 4;
+        while (!data.empty() && to < full) {
+            if (is_plain(data[0])) {
+                const std::size_t plain = plain_length(data.substr(0, static_cast<std::size_t>(full - to)));
+                to = std::copy_n(data.data(), plain, to);
+                data.remove_prefix(plain);
+                newline = 0;
+                continue;
+            }
+            const std::size_t end = newline_length(data, settings.decode_data);
+            if (end > 0 && newline > 0 && std::exchange(inheaders, false)) {
+                out.write(text.data(), to - text.data()) << "X-Peer: " << peer_host(peer) << '\n';
+                to = text.data();
+            }
+            if (end > 0) *to++ = '\n';
+            if (end == 0) to = print_character(to, data);
+            newline = end;
+            data.remove_prefix(end);
         }
-        const std::size_t plain = plain_length(data);
-        text.append(data, 0, plain);
-        data.remove_prefix(plain);
-        newline = data.empty() ? 0 : newline_length(data, settings.decode_data);
-        if (newline > 0)
-            text += '\n';
-        else if (!data.empty())
-            print_character(text, data);
-        if (text.size() < 65536) continue;
-        out << text;
-        text.clear();
+        out.write(text.data(), to - text.data());
     }
-    if (newline == 0) text += '\n';
-    out << text;
+    if (newline == 0) out << '\n';
 }
 
 std::optional<std::string> DebuggingServer::process_message(const address& peer, const std::string&,
@@ -2052,7 +2061,8 @@ struct header {
             const std::string_view line = message.substr(end, line_length(message.substr(end)));
             if (line.empty()) return;
             const auto is = [&](std::string_view name) {
-                return upper(line[0]) == name[0] && upper(line.substr(0, name.size())) == name;
+                const auto same = [](char a, char b) { return a == upper(b); };
+                return line.size() >= name.size() && std::equal(name.begin(), name.end(), line.begin(), same);
             };
             hops += is("X-PEER:");
             from = from || is("FROM:");

@@ -13,7 +13,7 @@ that plain text of the same length costs, in any of the server classes; a byte o
 law_growth times a byte of 64 KiB; and no single event holds the loop longer than copying the message twice takes.
 law.cpp feeds the bytes, callgrind counts the server's passes over them. What is compared with what:
 
-    a message       with a text of the same length, in lines of 78 columns with one full stop each, sent in packets
+    a message       with a letter as people write them, of the same length (lines of 0 to 68 columns), sent in packets
                     of the same size (64 KiB, and for some 512, 7 and 1 byte); from its first byte to its answer
     a command       with the line MAIL FROM:<ordinary address> of the same length, in the same packets
     a short one     (less than 24 bytes) with as many NOOPs, since no address fits there
@@ -160,7 +160,22 @@ def build_and_size(scratch):
 TINY, SMALL, MIDDLE, LARGE, TIMED = 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22
 DEAR = 50                   # instructions a byte: beyond, 256 KiB stand in for 1 MiB
 GRACE = 2e6                 # nanoseconds
-PLAIN = b'The quick brown fox jumps over the lazy dog, and then over the dog again, 7.\r\n'
+PLAIN = '\r\n'.join("""\
+Hello,
+
+the box of spare parts has come. Three of them are for the old pump,
+the others can wait until Monday.
+
+> Did you count the screws?
+
+Yes:
+  24 short ones
+  12 long ones
+
+Regards,
+--\x20
+The store
+""".split('\n')).encode()
 PLAIN_CLASSES = ('SMTPServer', 'SMTPServer decode_data', 'DebuggingServer', 'DebuggingServer decode_data', 'PureProxy',
                  'MailmanProxy')
 COMMAND_CLASSES = ('SMTPServer SMTPUTF8', 'PureProxy', 'MailmanProxy')
@@ -178,6 +193,7 @@ def lines(text, width=78):
 
 BODIES = {
     'CR': b'\r', 'LF': b'\n', 'CR CR LF': b'\r\r\n', 'CR LF': b'\r\n', 'LF CR': b'\n\r', 'LF . LF': b'\n.\n',
+    'long lines': lines(b'The quick brown fox jumps over the lazy dog, and then over the dog again, 7.'),
     'CR, then lines': lines(b'\r'), 'lines that end in CR': PLAIN.replace(b'\r\n', b'\r'),
     'lines that end in LF': PLAIN.replace(b'\r\n', b'\n'), 'lines of one letter': b'a\r\n', 'CR, letter': b'a\r',
     'LF, letter': b'a\n', 'dots': b'.', 'dots on each line': b'.' + PLAIN, 'dot, CR LF': b'..\r\n',
