@@ -5,6 +5,9 @@
 
 #include <fcntl.h>
 #include <grp.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <pwd.h>
 #include <unistd.h>
 
@@ -70,7 +73,7 @@ Version: %version%
 )";
 
 // smtpd.py: usage
-[[noreturn]] void usage(int code, const std::string& msg = "") {
+[[noreturn]] void usage() {
     std::string classes;
     for (const auto& [name, make] : smtpd::server_class::all()) classes += (classes.empty() ? "" : ", ") + name;
     std::string text = doc;
@@ -78,8 +81,13 @@ Version: %version%
         {"%program%", program}, {"%classes%", classes}, {"%version%", std::string(smtpd::version)}};
     for (const auto& [mark, value] : values) text.replace(text.find(mark), std::strlen(mark), value);
     std::cerr << text;
-    if (!msg.empty()) std::cerr << msg << '\n';
-    std::exit(code);
+    std::exit(0);
+}
+
+// Python: the whole usage, with the mistake as its last line.
+[[noreturn]] void mistake(const std::string& what) {
+    std::cerr << program << ": " << what << "; -h tells the options\n";
+    std::exit(1);
 }
 
 // smtpd.py: Options
@@ -102,9 +110,9 @@ std::optional<std::size_t> number(const std::string& text) {
 asyncore::address parse_spec(const std::string& spec, const std::string& kind) {
     const std::size_t bracket = spec.empty() || spec[0] != '[' ? spec.npos : spec.find("]:");
     const std::size_t colon = bracket == spec.npos ? spec.find(':') : bracket + 1;
-    if (colon == spec.npos) usage(1, "Bad " + kind + " spec: " + spec);
+    if (colon == spec.npos) mistake("Bad " + kind + " spec: " + spec);
     const auto port = number(spec.substr(colon + 1));
-    if (!port || *port > 65535) usage(1, "Bad " + kind + " port: " + spec);
+    if (!port || *port > 65535) mistake("Bad " + kind + " port: " + spec);
     const std::string host = bracket == spec.npos ? spec.substr(0, colon) : spec.substr(1, bracket - 1);
     return {host, static_cast<int>(*port)};
 }
@@ -116,10 +124,7 @@ void print_version(Options&, const std::string&) {
 
 void set_size(Options& options, const std::string& value) {
     const auto size = number(value);
-    if (!size) {
-        std::cerr << "Invalid size: " << value << '\n';
-        std::exit(1);
-    }
+    if (!size) mistake("Invalid size: " + value);
     options.with.data_size_limit = *size;
 }
 
@@ -133,7 +138,7 @@ struct option {
 const option known_options[] = {
     {'n', "nosetuid", false, [](auto& options, auto&) { options.setuid = false; }},
     {'V', "version", false, print_version},
-    {'h', "help", false, [](auto&, auto&) { usage(0); }},
+    {'h', "help", false, [](auto&, auto&) { usage(); }},
     {'c', "class", true, [](auto& options, auto& value) { options.classname = value; }},
     {'s', "size", true, set_size},
     {'u', "smtputf8", false, [](auto& options, auto&) { options.with.enable_SMTPUTF8 = true; }},
@@ -151,10 +156,10 @@ const option& find_option(const std::string& shown) {
         const std::string name = is_long ? "--" + candidate.name : std::string("-") + candidate.letter;
         if (name == shown) return candidate;
         if (!is_long || name.compare(0, shown.size(), shown) != 0) continue;
-        if (found) usage(1, "option " + shown + " not a unique prefix");
+        if (found) mistake("option " + shown + " not a unique prefix");
         found = &candidate;
     }
-    if (!found) usage(1, "option " + shown + " not recognized");
+    if (!found) mistake("option " + shown + " not recognized");
     return *found;
 }
 
@@ -172,13 +177,13 @@ std::vector<std::pair<const option*, std::string>> getopt(std::vector<std::strin
             const std::string name = is_long ? "--" + it.name : std::string("-") + it.letter;
             std::string value;
             if (it.takes_value && end == arg.size()) {
-                if (++next == args.size()) usage(1, "option " + name + " requires argument");
+                if (++next == args.size()) mistake("option " + name + " requires argument");
                 value = args[next];
             } else if (it.takes_value) {
                 value = arg.substr(is_long ? end + 1 : end);
                 end = arg.size();
             } else if (is_long && end < arg.size()) {
-                usage(1, "option " + name + " must not have an argument");
+                mistake("option " + name + " must not have an argument");
             }
             given.emplace_back(&it, value);
         }
@@ -194,7 +199,7 @@ Options parseargs(std::vector<std::string> args) {
     if (args.size() > 2) {
         std::string all;
         for (const auto& arg : args) all += (all.empty() ? "" : ", ") + arg;
-        usage(1, "Invalid arguments: " + all);
+        mistake("Invalid arguments: " + all);
     }
     if (!args.empty()) options.local = parse_spec(args[0], "local");
     if (args.size() > 1) options.remote = parse_spec(args[1], "remote");
@@ -261,10 +266,12 @@ static int run(const std::vector<std::string>& args) {
     const Options options = parseargs(args);
     const auto& classes = smtpd::server_class::all();
     const auto make = classes.find(options.classname);
-    if (make == classes.end()) {
-        std::cerr << program << ": there is no class " << options.classname << "; -h names those that there are\n";
-        return 1;
-    }
+    if (make == classes.end()) mistake("there is no class " + options.classname);
+#ifdef M_MMAP_THRESHOLD
+    // Lest glibc keep the memory of large messages: after the first one it takes less and less of it from the system
+    // directly, and gives less and less back.
+    ::mallopt(M_MMAP_THRESHOLD, 1 << 20);
+#endif
     std::signal(SIGPIPE, SIG_IGN);
     std::unique_ptr<smtpd::SMTPServer> server;
     try {

@@ -847,7 +847,10 @@ void SMTPChannel::handle_timeout() {
 void SMTPChannel::handle_write() {
     const std::size_t before = queued();
     async_chat::handle_write();
-    if (queued() < before) active_ = asyncore::clock::now();
+    fetched_ += before - std::min(before, queued());
+    if (queued() > 0 && fetched_ < 4096) return;   // a client that fetches its replies byte by byte is idle
+    active_ = asyncore::clock::now();
+    fetched_ = 0;
 }
 
 // The client has closed its side: what it is owed is sent before ours is closed. (Python drops it.)

@@ -266,6 +266,7 @@ class SMTPChannel : public asynchat::async_chat {
     std::shared_ptr<deferred_reply::owed> asked_;         // that of the command under way, when it is deferred
     std::shared_ptr<deferred_reply::owed> left_behind_;   // an ExitNow leaves the loop: 451, should it be entered again
     std::size_t declared_size_ = 0;          // SIZE= of this MAIL
+    std::size_t fetched_ = 0;                // bytes of replies, since the idle clock was set
     std::size_t utf8_size_ = 0;              // bytes of received_lines that are known to be UTF-8
     std::size_t data_left_ = 0;              // bytes until data_since_ is set anew
     bool data_starts_ = false;               // the CR LF of the DATA line is still to come: see smtp_DATA

@@ -1099,3 +1099,24 @@ TEST(deviations, idle_timeout_is_not_the_servers_own_time) {
         ::close(ends[1]);
     }
 }
+
+// Deviation 59
+TEST(deviations, bind_and_listen_are_the_bases) {
+    struct own : support::recorder {
+        using recorder::recorder;
+        int calls = 0;
+        void bind(const asyncore::address& to) override { ++calls, recorder::bind(to); }
+        void listen(int backlog) override { ++calls, recorder::listen(backlog); }
+    };
+    asyncore::map_type map;
+    own server(map);
+    CHECK(server.accepting);
+    CHECK_EQ(server.calls, 0);
+}
+
+// Deviation 60
+TEST(deviations, ports_are_checked) {
+    CHECK_THROWS(asyncore::address("127.0.0.1", 65536), std::out_of_range);
+    CHECK_THROWS(asyncore::address("127.0.0.1", -1), std::out_of_range);
+    CHECK_EQ(asyncore::address("127.0.0.1", 65535).port, 65535);
+}

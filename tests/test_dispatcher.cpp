@@ -583,7 +583,7 @@ TEST(dispatcher, without_a_socket) {
 }
 
 // What an exception leaves of the input is looked at in the next pass.
-// Deviation 63
+// Deviation 61
 TEST(loop, input_behind_an_exception) {
     struct surviving : asynchat::async_chat {
         std::vector<std::string> lines;

@@ -409,6 +409,7 @@ TEST(hostile, a_small_limit_is_that_verbs_alone) {
     it.line("NOOP     ", "500 Error: line too long");
 }
 
+// Deviation 61
 // What comes in a state of a subclass is its own affair: not counted, not dropped, not held against the next command.
 TEST(hostile, a_state_of_a_subclass) {
     struct answering : SMTPChannel {
