@@ -86,7 +86,7 @@ def run(tests, without=()):
                               env=dict(os.environ, SMTPD_PROGRAM=str(work / 'smtpd')))
     except subprocess.TimeoutExpired as over:
         return False, 'no end after %d seconds\n%s' % (LIMIT, (over.stdout or b'').decode(errors='replace'))
-    text = done.stdout.decode(errors='replace')
+    text = done.stdout.decode(errors='replace')[:3000]
     if done.returncode < 0:
         text += 'ended by signal %d' % -done.returncode
     return done.returncode == 0, text
@@ -116,8 +116,12 @@ def prove(row, rows, parts):
         if other.number in row.also and run([other.test])[0]:
             return 'row %d\'s test is said to fail as well, and passes' % other.number
     expected = {row.test} | {other.test for other in rows if other.number in row.also}
-    passed, said = run(sorted({other.test for other in rows} - expected), expected)
-    return '' if passed else 'the tests of other rows fail as well:\n' + said
+    others = sorted({other.test for other in rows} - expected)
+    for _ in range(3):   # some of them look at the clock, and a busy machine may be too slow
+        passed, said = run(others, expected)
+        if passed:
+            return ''
+    return 'the tests of other rows fail as well:\n' + said
 
 
 def main():

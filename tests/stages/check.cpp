@@ -96,8 +96,10 @@ class program {
         ::fcntl(out_, F_SETFL, O_NONBLOCK);
     }
     ~program() {
-        ::kill(child_, SIGKILL);
-        ::waitpid(child_, nullptr, 0);
+        if (child_ > 0) {
+            ::kill(child_, SIGKILL);
+            ::waitpid(child_, nullptr, 0);
+        }
         ::close(out_);
     }
     program(const program&) = delete;
@@ -118,6 +120,15 @@ class program {
         for (const char* end : {"\\r\\n", "\r\n", "\\n"})
             for (std::size_t at = 0; (at = text.find(end, at)) != text.npos;) text.replace(at, std::strlen(end), "\n");
         return text;
+    }
+    // How the program has ended by itself; "" when it runs.
+    std::string end() {
+        int status = 0;
+        if (child_ < 0 || ::waitpid(child_, &status, WNOHANG) != child_) return "";
+        child_ = -1;
+        return WIFSIGNALED(status)
+                   ? "by signal " + std::to_string(WTERMSIG(status)) + ", " + ::strsignal(WTERMSIG(status))
+                   : "with status " + std::to_string(WEXITSTATUS(status));
     }
     void forget_what_was_printed() {
         receive(out_, raw_);
@@ -435,7 +446,7 @@ const check checks[] = {
          a.ask("helo client.test", "250");
      }},
     {3, 5, "NOOP does nothing, and is taken", [](program& it) { mail_client(it).ask("NOOP", "250"); }},
-    {3, 5, "A verb that nobody knows is refused, and the session goes on",
+    {3, 5, "An unknown verb is refused, and the session goes on",
      [](program& it) {
          mail_client a(it);
          a.ask("FOO", "500");
@@ -583,6 +594,8 @@ int main(int argc, char** argv) {
             break;
         }
     }
+    if (const std::string end = failed ? it.end() : ""; !end.empty())
+        std::cout << "The program has ended meanwhile, " << end << std::endl;
     std::cout << "Stage " << stage << ": " << passed << " passed, " << failed << " missing" << std::endl;
     return failed ? 1 : 0;
 }
