@@ -121,10 +121,13 @@ class program {
             for (std::size_t at = 0; (at = text.find(end, at)) != text.npos;) text.replace(at, std::strlen(end), "\n");
         return text;
     }
-    // How the program has ended by itself; "" when it runs.
+    // How the program has ended by itself; "" when it runs. The end of its output comes a moment before its own.
     std::string end() {
         int status = 0;
-        if (child_ < 0 || ::waitpid(child_, &status, WNOHANG) != child_) return "";
+        const auto soon = steady::now() + std::chrono::milliseconds(500);
+        bool open = true;
+        while (open && ready(out_, POLLIN, soon)) open = receive(out_, raw_);
+        if (open || ::waitpid(child_, &status, 0) != child_) return "";
         child_ = -1;
         return WIFSIGNALED(status)
                    ? "by signal " + std::to_string(WTERMSIG(status)) + ", " + ::strsignal(WTERMSIG(status))
