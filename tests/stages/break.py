@@ -30,7 +30,7 @@ class Row:
         self.old, self.new = code[2] if len(code[2]) == 2 else (code[2][0], '')
         self.test, self.says = code[3]
         self.why = cells[4]
-        also = re.search(r'Rows? ([\d, and]+)(?: is| are)? seen as well', self.why)
+        also = re.search(r'The tests? of rows? ([\d, and]+) fails? too', self.why)
         self.also = [int(n) for n in re.findall(r'\d+', also.group(1))] if also else []
         self.spoils_all = 'Any other test may fail' in self.why
 
