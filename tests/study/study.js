@@ -4,7 +4,7 @@ const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 const {rows, walks} = JSON.parse($('#data').textContent);
 const bar = $('#bar'), panel = $('#panel'), tip = $('#tip'), drawer = $('#drawer'), help = $('#help');
 const filter = $('#filter'), kind = $('#kind');
-const pairs = $$('.pair');
+const pairs = $$('#pairs section.pair');
 let visible = pairs;
 
 // ---- scrolling: a place is shown below the bar, and above the walk's panel when that is open
@@ -95,27 +95,18 @@ function apply() {
     for (const link of $$('.cls a', index)) {
       const fit = kept.has(link.getAttribute('href').slice(1));
       link.hidden = !fit;
-      for (let after = link.nextElementSibling; after && after.tagName !== 'A'; after = after.nextElementSibling) after.hidden = !fit;
     }
-    for (const group of $$('.cls, .mod', index)) group.hidden = !$('.cls a:not([hidden])', group) && !$('a:not([hidden])', group.matches('.cls') ? group : document.createElement('p'));
+    for (const group of $$('.cls', index)) group.hidden = !$('a:not([hidden])', group);
+    for (const group of $$('.mod', index)) group.hidden = !$('.cls:not([hidden])', group);
   }
-  let heading = [], any = false;   // headings with nothing below them go
-  for (const it of [...$('#pairs').children, null]) {
-    if (!it || !it.matches('.pair')) {
-      if (!it || it.matches('.chapter')) {
-        for (const h of heading) h.hidden = true;
-        heading = it ? [it] : [];
-      } else {
-        heading = heading.filter(h => { if (h.matches('.class')) h.hidden = true; return !h.matches('.class'); });
-        heading.push(it);
-      }
-    } else if (!it.hidden) {
-      for (const h of heading) h.hidden = false;
-      heading = [];
-      any = true;
+  for (const chapter of $('#pairs').children) {   // headings with nothing below them go
+    chapter.hidden = !$('section:not([hidden])', chapter);
+    let heading = null;
+    for (const it of chapter.children) {
+      if (it.matches('.class')) { heading = it; heading.hidden = true; } else if (heading && !it.hidden && it.matches('section')) heading.hidden = false;
     }
   }
-  $('#nothing').hidden = any;
+  $('#nothing').hidden = visible.length > 0;
   $('#count').textContent = narrow ? visible.length + ' of ' + pairs.length : '';
   locate();
 }

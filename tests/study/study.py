@@ -724,6 +724,9 @@ class Papers:
             found = [cells(line) for line in re.findall(r'^\| *\d+ *\|.*$', self.section(text, 'Deviations'), re.M)]
             for row in found:
                 if len(row) == 4:
+                    before = self.rows.get(int(row[0]) - 1)
+                    if before and row[2] == 'the same':   # as in the row above it
+                        row[2] = before.python
                     self.rows[int(row[0])] = Row(int(row[0]), *row[1:])
             if self.rows:
                 break
@@ -1291,6 +1294,7 @@ def inline(text, link=None):
 
 
 def bold(text):
+    text = re.sub(r"(?<=\w)'(?=\w)", '\u2019', text)
     return re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', html.escape(text, quote=False))
 
 
@@ -1326,9 +1330,15 @@ class Page:
         out = []
         for number in range(first, last + 1):
             line = self.lines[name][number - 1].rstrip()
-            found = [(max(b - cut, 0), max(e - cut, 0), k) for b, e, k in self.painted[(name, number)] if e > cut]
-            text = paint(line[cut:], found)
-            indent = len(line) - len(line.lstrip()) - cut if line.strip() else 0
+            marks_here, gap = self.painted[(name, number)], re.search(r'(?<=\S) {3,}(?=// )', line)
+            if gap and name.endswith('pp'):   # comments in columns need the width that they were written for
+                less = len(gap[0]) - 2
+                marks_here = [(b - less, e - less, k) if b >= gap.end() else (b, e, k) for b, e, k in marks_here]
+                line = line[:gap.start()] + '  ' + line[gap.end():]
+            start = len(line) - len(line.lstrip()) if line.strip() else 0
+            found = [(max(b - start, 0), max(e - start, 0), k) for b, e, k in marks_here if e > start]
+            indent = max(start - cut, 0)
+            text = ('<span class="w">%s</span>' % (' ' * indent) if indent else '') + paint(line[start:], found)
             badges = ''.join(self.badge(n) for n in (marks or {}).get((name, number), ()))
             classes = 'l' + (' m' if badges else '') + (' d' if number in differs else '')
             out.append('<span class="%s" data-n="%d"%s>%s%s\n</span>' % (
@@ -1354,6 +1364,8 @@ class Page:
         if not entry.items:
             return '<div class="none">Python has none.</div>'
         if all(i.missing for i in entry.items):
+            if '.' in entry.title:
+                return '<div class="none">Not in Python %s.</div>' % esc(self.study.version)
             return ('<div class="none told">Python %s has no %s: it was taken out in Python 3.11. To see it here, make this '
                     'page with an older one: <code>make study PYTHON=python3.10</code></div>'
                     % (esc(self.study.version), esc(entry.title)))
@@ -1473,9 +1485,9 @@ class Page:
             ours = ours[:ours.rfind(',', 0, 90)] + ' ...'
         if len(theirs) > 90:
             theirs = theirs[:theirs.rfind(',', 0, 90)] + ' ...'
-        heading = '<h4><a class="self" href="#%s" title="A link to this place"><span class="py">%s</span></a>' % (
-            entry.id, esc(theirs or 'ours alone'))
-        heading += '<span class="cpp">%s</span></h4>' % esc(ours)
+        heading = '<h4>%s%s</h4>' % tuple(
+            '<a class="%s" href="#%s">%s</a>' % (kind, entry.id, esc(text)) if text else ''
+            for kind, text in (('py', theirs), ('cpp', ours)))
         return ('<section class="pair %s" id="%s" data-k="%s" data-t="%s"><div class="head">%s</div>'
                 '<div class="side left">%s</div><div class="note"><div class="stay">%s</div></div>'
                 '<div class="side right">%s</div></section>\n' % (
@@ -1500,10 +1512,10 @@ class Page:
                         text = text.replace(', %s.' % cls, ', ')
                     short = text if len(text) < 60 else text[:text.find(',', 30)] + ', ...'
                     count = '<sup>%s</sup>' % ','.join(str(n) for n in entry.rows) if entry.rows else ''
-                    links.append('<a class="%s" href="#%s">%s</a>%s' % (entry.kind, entry.id, esc(short), count))
+                    links.append('<a class="is-%s" href="#%s">%s%s</a>' % (entry.kind, entry.id, esc(short), count))
                 groups.append('<div class="cls">%s%s</div>' % (
                     '<b>%s</b> ' % esc(cls) if cls and members[0].title != cls else '',
-                    '<span class="sep"> </span>'.join(links)))
+                    ' '.join(links)))
             out.append('<div class="mod"><h3><a href="#%s">%s</a></h3>%s</div>' % (
                 'chapter-' + id_, esc(title), ''.join(groups)))
         return ''.join(out)
@@ -1531,6 +1543,8 @@ class Page:
     def render(self):
         study, parts = self.study, []
         for id_, title, _, entries in study.chapters:
+            alone = id_.startswith('ours-')
+            parts.append('<div class="alone">\n' if alone else '<div>\n')
             parts.append('<h2 class="chapter" id="chapter-%s">%s</h2>\n' % (id_, esc(title)))
             cls = None
             for entry in entries:
@@ -1538,6 +1552,7 @@ class Page:
                     parts.append('<h3 class="class"><span>%s</span></h3>\n' % esc(entry.cls))
                 cls = entry.cls
                 parts.append(self.entry(entry))
+            parts.append('</div>\n')
         entries = study.entries()
         walks = ''.join('<button class="walk" data-walk="%d"><b>%s</b><span>%s</span><em>%d steps</em></button>' % (
             i, esc(title), esc(about), len(steps)) for i, (_, title, about, steps) in enumerate(study.walks))
