@@ -14,13 +14,25 @@ function jump(y) {
   scrollTo({top: Math.max(0, y), behavior: far ? 'instant' : 'smooth'});
 }
 
-function show(element, line) {
-  const top = bar.offsetHeight, bottom = innerHeight - (panel.hidden ? 0 : panel.offsetHeight);
+function show(element, ours, theirs) {
+  const top = bar.offsetHeight, bottom = innerHeight - (panel.hidden ? 0 : panel.offsetHeight), room = bottom - top - 30;
+  const lines = [ours, theirs].filter(Boolean);
+  const span = () => {
+    const at = lines.map(it => it.getBoundingClientRect());
+    return [Math.min(...at.map(r => r.top)), Math.max(...at.map(r => r.bottom))];
+  };
+  if (lines.length === 2 && span()[1] - span()[0] > room) {
+    // Too far apart to be seen together: the higher side comes down until the two stand beside each other.
+    const [a, b] = lines.map(it => it.getBoundingClientRect());
+    if (Math.abs(ours.closest('.side').offsetLeft - theirs.closest('.side').offsetLeft) > 50)
+      (a.top < b.top ? ours : theirs).closest('.side').style.marginTop = Math.abs(a.top - b.top) + 'px';
+    else lines.pop();
+  }
   const head = element.getBoundingClientRect().top;
   let y = head - top - 10;
-  if (line) {
-    const at = line.getBoundingClientRect();
-    if (at.bottom - head > bottom - top - 30) y = at.top - (top + bottom) / 2;
+  if (lines.length) {
+    const [first, last] = span();
+    if (last - head > room) y = (first + last) / 2 - (top + bottom) / 2;
   }
   jump(scrollY + y);
 }
@@ -163,11 +175,16 @@ function light(selector, name, numbers) {
   return found;
 }
 
+function dim() {
+  $$('.l.now').forEach(line => line.classList.remove('now'));
+  $$('.pair.here .side').forEach(side => { side.style.marginTop = ''; });
+}
+
 function go(to) {
   if (!walk || to < 0 || to >= walk.steps.length) return;
   at = to;
   const it = walk.steps[at], pair = $('#' + CSS.escape(it.to));
-  $$('.l.now').forEach(line => line.classList.remove('now'));
+  dim();
   mark(pair);
   const ours = it.ours.flatMap(([file, number]) => light('.right', file, [number]));
   const theirs = $('.left pre', pair) ? light('.left', $('.left pre', pair).dataset.f, it.theirs) : [];
@@ -179,7 +196,7 @@ function go(to) {
   $('.previous', panel).disabled = at === 0;
   $('.next', panel).disabled = at === walk.steps.length - 1;
   $$('.ticks button', panel).forEach((tick, i) => tick.classList.toggle('done', i <= at));
-  show(pair, ours[0]);
+  show(pair, ours[0], theirs[0]);
   history.replaceState(null, '', '#walk-' + walk.id + '-' + (at + 1));
 }
 
@@ -189,7 +206,7 @@ function leave() {
   walk = null;
   panel.hidden = true;
   document.body.classList.remove('walking');
-  $$('.l.now').forEach(line => line.classList.remove('now'));
+  dim();
   return true;
 }
 
@@ -289,8 +306,8 @@ addEventListener('keydown', event => {
 
 // ---- links: what they lead to may be filtered away
 
-function arrive() {
-  const id = decodeURIComponent(location.hash.slice(1)), step_of = id.match(/^walk-(\w+)-(\d+)$/);
+function arrive(id = decodeURIComponent(location.hash.slice(1))) {
+  const step_of = id.match(/^walk-(\w+)-(\d+)$/);
   if (step_of) return start(walks.findIndex(it => it.id === step_of[1]), step_of[2] - 1);
   const target = id && document.getElementById(id);
   if (!target) return;
@@ -299,6 +316,6 @@ function arrive() {
   stepped = null;
   show(target);
 }
-addEventListener('hashchange', arrive);
+addEventListener('hashchange', () => arrive());
 apply();
 arrive();

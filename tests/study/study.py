@@ -1025,7 +1025,7 @@ class Study:
                 order.append(entry.cls)
         free = [e for e in entries if not e.cls]
         return free + [e for c in order if c for e in sorted((e for e in entries if e.cls == c),
-                                                             key=lambda e: e.groups[0].kind != 'class')]
+                                                             key=lambda e: e.groups[0].name != c or e.groups[0].kind != 'class')]
 
     def class_of(self, group):
         parts = group.key.split('::')
@@ -1294,7 +1294,7 @@ def inline(text, link=None):
 
 
 def bold(text):
-    text = re.sub(r"(?<=\w)'(?=\w)", '\u2019', text)
+    text = re.sub(r"(?<=\w)'(?=\w)", '\u2019', text).replace(' -> ', ' \u2192 ')
     return re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', html.escape(text, quote=False))
 
 
@@ -1443,8 +1443,6 @@ class Page:
             row = self.study.papers.rows[number]
             out.append('<div class="dev">%s<p class="where">%s</p><p><b>CPython</b> %s</p><p><b>Here</b> %s</p></div>' % (
                 self.badge(number), inline(row.where), inline(row.python), inline(row.here, link)))
-        if entry.kind in ('only', 'pair') and entry.callers and (entry.kind == 'only' or entry.rows or entry.calls):
-            pass
         if entry.kind == 'only' and entry.callers:
             out.append('<p class="refs"><b>Used by</b> %s</p>' % self.refs(entry.callers))
         if entry.kind == 'pair' and entry.calls:
@@ -1470,8 +1468,10 @@ class Page:
         if all(l.startswith(('    ', '|')) for l in lines):
             return '<pre class="sketch">%s</pre>' % html.escape('\n'.join(l[4:] if l[:4] == '    ' else l for l in lines), quote=False)
         text = ' '.join(l.strip() for l in lines)
-        return '<p>%s</p>' % inline(text[0].upper() + text[1:] if text[:1].islower() and not re.match(r'\w*[_(:]', text)
-                                    else text, link)
+        word = re.match(r'\w*', text)[0]
+        if text[:1].islower() and word not in KEYWORDS and word != 'nullptr' and text[len(word):len(word) + 1] not in ('(', ':'):
+            text = text[0].upper() + text[1:] if '_' not in word else text
+        return '<p>%s</p>' % inline(text, link)
 
     # -- the whole -----------------------------------------------------------------------------------------
 
@@ -1535,7 +1535,7 @@ class Page:
     def data(self):
         rows = {r.number: [inline(r.where), inline(r.python), inline(r.here)] for r in self.study.papers.rows.values()}
         walks = [{'id': id_, 'title': title, 'about': about, 'steps': [
-            {'to': s.entry.id, 'name': self.label(s.entry) if s.entry.kind == 'only' else s.name, 'ours': s.lines,
+            {'to': s.entry.id, 'name': s.name, 'ours': s.lines,
              'theirs': s.python_lines, 'text': inline(s.text)} for s in steps if s.entry]}
             for id_, title, about, steps in self.study.walks]
         return json.dumps({'rows': rows, 'walks': walks}).replace('</', '<\\/')
@@ -1555,7 +1555,7 @@ class Page:
             parts.append('</div>\n')
         entries = study.entries()
         walks = ''.join('<button class="walk" data-walk="%d"><b>%s</b><span>%s</span><em>%d steps</em></button>' % (
-            i, esc(title), esc(about), len(steps)) for i, (_, title, about, steps) in enumerate(study.walks))
+            i, esc(title), inline(about), len(steps)) for i, (_, title, about, steps) in enumerate(study.walks))
         counts = collections.Counter(e.kind for e in entries)
         page = (self.study.here / 'study.html').read_text(encoding='utf-8')
         values = {
