@@ -27,6 +27,7 @@ import html
 import io
 import json
 import keyword
+import os
 import pathlib
 import re
 import subprocess
@@ -908,8 +909,10 @@ class Study:
         if inherited and groups:
             entry.where = groups[0].scope.rpartition('::')[2]
         if item.kind == 'between':
-            reasons = [(n, self.papers.why_not(module, n)) for n in names]
-            entry.reason = ' '.join('`%s`: %s.' % r for r in reasons if r[1])
+            reasons = collections.OrderedDict()
+            for name in names:
+                reasons.setdefault(self.papers.why_not(module, name), []).append('`%s`' % name)
+            entry.reason = ' '.join('%s: %s.' % (', '.join(n), why.rstrip('.')) for why, n in reasons.items() if why)
             if not groups and entry.reason:
                 entry.kind = 'not-ported'
         if item.name == 'introduction':
@@ -1392,7 +1395,9 @@ class Page:
             if source.name != last_name:
                 pieces.append('<div class="file"><span>%s</span> <span>%s</span></div>' % (source.name, span(first, last)))
                 last_name = source.name
-            pieces.append(self.code(source.name, first, last, entry.marks, self.says_python(source, first, last)))
+            whole = entry.kind == 'introduction' or any(g.kind == 'class' for g in entry.groups)
+            pieces.append(self.code(source.name, first, last, entry.marks,
+                                    () if whole else self.says_python(source, first, last)))
             count += last - first + 1
         return self.foldable(''.join(pieces), count, entry)
 
@@ -1431,8 +1436,9 @@ class Page:
             out.append('<p class="dim">Python alone has this.</p>')
         said = []
         if entry.kind != 'introduction':
+            several = entry.items and entry.items[0].kind == 'between' and len(entry.groups) > 1
             for group in entry.groups:
-                said += [p for p in group.comment() if p not in said]
+                said += ['`%s`: %s' % (group.name, p) if several else p for p in group.comment() if p not in said]
         for part in said:
             out.append(self.paragraph(part, link))
         if entry.where and entry.spans:
@@ -1471,12 +1477,14 @@ class Page:
         word = re.match(r'\w*', text)[0]
         if text[:1].islower() and word not in KEYWORDS and word != 'nullptr' and text[len(word):len(word) + 1] not in ('(', ':'):
             text = text[0].upper() + text[1:] if '_' not in word else text
+        if text[-1:].isalnum() or text[-1:] in ')`"':
+            text += '.'
         return '<p>%s</p>' % inline(text, link)
 
     # -- the whole -----------------------------------------------------------------------------------------
 
     def entry(self, entry):
-        ours = ', '.join(dict.fromkeys(self.study.short(g.key) for g in entry.groups if g.kind != 'variable' or len(entry.groups) == 1))
+        ours = ', '.join(dict.fromkeys(self.study.short(g.key) for g in entry.groups))
         theirs = entry.title if entry.items else ''
         if entry.kind == 'introduction':
             theirs, ours = entry.module + '.py', entry.spans[0][0].name if entry.spans else ''
@@ -1600,7 +1608,7 @@ def main():
         target = pathlib.Path(args.o)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(Page(study).render(), encoding='utf-8')
-        told = '%s: %s' % (args.o, told)
+        told = '%s: %s' % (os.path.relpath(args.o), told)
     print(told)
     return 1 if study.faults else 0
 
