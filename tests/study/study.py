@@ -721,8 +721,9 @@ class Papers:
         self.rows, self.not_ported, self.private = {}, {}, ''
         texts = [(p, p.read_text(encoding='utf-8')) for p in (top / 'tests/DEVIATIONS.md', top / 'README.md')
                  if p.exists()]
-        for _, text in texts:
-            found = [cells(line) for line in re.findall(r'^\| *\d+ *\|.*$', self.section(text, 'Deviations'), re.M)]
+        for path, text in texts:
+            part = self.section(text, 'Deviations') or (text if path.name == 'DEVIATIONS.md' else '')
+            found = [cells(line) for line in re.findall(r'^\| *\d+ *\|.*$', part, re.M)]
             for row in found:
                 if len(row) == 4:
                     before = self.rows.get(int(row[0]) - 1)
@@ -1099,6 +1100,8 @@ class Study:
 
     def place_deviations(self):
         path = self.here / 'deviations.txt'
+        if not self.papers.rows:
+            return   # that has been said
         for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
             if not line.strip() or line.startswith('#'):
                 continue
