@@ -47,10 +47,6 @@ WIDEST = 24   # lines of a block that is not a function; what is longer is folde
 NO_PYTHON = 77
 
 
-class Faults(list):
-    """What does not match, a line each."""
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Python's side
 # ----------------------------------------------------------------------------------------------------------
@@ -182,8 +178,8 @@ class PyModule:
             item.assigned = names
             self.add(item)
             if len([i for i in self.items if i.kind == 'between']) > 1:
-                item.name = ', '.join([n for n in names if not n.startswith('_') or twin_name(n) != n] or names[:1]) or (
-                    'lines %d to %d' % (item.first, item.last))
+                shown = [n for n in names if not n.startswith('_') or twin_name(n) != n] or names[:1]
+                item.name = ', '.join(shown) or 'lines %d to %d' % (item.first, item.last)
         self.loose = None
 
     def add(self, item):
@@ -278,8 +274,7 @@ class Entity:
     def __init__(self, kind, scope, name, source, first, last, body):
         self.kind, self.scope, self.name = kind, scope, name   # scope: namespaces and classes, joined by ::
         self.source, self.first, self.last, self.body = source, first, last, body
-        self.bases, self.comment, self.anchors, self.named_line = [], '', [], first
-        self.static_line = None
+        self.bases, self.comment, self.anchors, self.named_line, self.private = [], '', [], first, False
 
     @property
     def key(self):
@@ -346,6 +341,8 @@ class Source:
             elif tokens[i].text == ';':
                 i += 1
             elif tokens[i].text in ('public', 'private', 'protected') and tokens[i + 1].text == ':':
+                if scopes and isinstance(scopes[-1][1], Entity):
+                    scopes[-1][1].section = tokens[i].text
                 i += 2
             else:
                 i = self.declaration(i, scopes)
@@ -424,7 +421,9 @@ class Source:
         words = [h.text for h in head]
         colon = words.index(':') if ':' in words else len(words)
         name = ''.join(w for w in words[1:colon] if w != 'final')
-        entity = Entity('class', self.scope_name(scopes), name, self, self.tokens[begin].line, self.tokens[i].line, True)
+        first, last = self.tokens[begin].line, self.tokens[i].line
+        entity = Entity('class', self.scope_name(scopes), name, self, first, last, True)
+        entity.section = 'private' if words[0] == 'class' else 'public'
         base = ''
         for word in words[colon + 1:] + [',']:
             if word == ',':
@@ -457,6 +456,8 @@ class Source:
             where = '::'.join(p for p in (scope, path) if p)
             entity = Entity(kind, where, name, self, first, last, body)
             entity.named_line = line
+            if scopes and isinstance(scopes[-1][1], Entity):
+                entity.private = scopes[-1][1].section == 'private'
             self.entities.append(entity)
 
         if words[0] == 'using':
@@ -465,7 +466,7 @@ class Source:
             elif 'namespace' not in words and len(words) > 2:
                 add('using', words[-1], head[-1].line)
             return
-        if words[0] in ('class', 'struct', 'enum', 'typedef') and paren is None and '=' not in words and len(words) == 2:
+        if words[0] in ('class', 'struct', 'enum') and len(words) == 2:
             return   # announced, no more
         if paren is not None:
             k = paren - 1
@@ -551,7 +552,8 @@ class Source:
 
     def highlight(self):
         marks = [[] for _ in self.lines]
-        names = {(e.named_line, e.name.lstrip('~')) for e in self.entities if e.kind in ('function', 'class') and e.body}
+        names = {(e.named_line, e.name.lstrip('~')) for e in self.entities
+                 if e.kind in ('function', 'class') and e.body}
         for token in self.all:
             kind = {'comment': 'c', 'string': 's', 'raw': 's', 'directive': 'p', 'number': 'n'}.get(token.kind)
             if token.kind == 'word':
@@ -680,7 +682,8 @@ class Cpp:
             own = not owner or any(g.scope.rpartition('::')[2] == owner or g.name == owner for g in groups)
             return groups, not own
         if name == PROGRAM:
-            return ([self.groups[n] for n in ('run', 'main') if n in self.groups], False) if 'main' in self.groups else None
+            found = [self.groups[n] for n in ('run', 'main') if n in self.groups]
+            return (found, False) if 'main' in self.groups else None
         owner, _, _ = name.rpartition('.')
         for scope in (module, ''):
             if owner:
@@ -826,10 +829,12 @@ class Entry:
         self.spans = sorted(set(spans), key=lambda s: (s[0].name.endswith('.hpp') and len(spans) > 1, s[0].name, s[1]))
         kept = []
         for span in self.spans:   # what stands inside of another span is shown there
-            inside = [o for o in self.spans if o[0] is span[0] and o[1] <= span[1] and span[2] <= o[2] and o is not span]
-            if not inside:
+            if not any(o is not span and o[0] is span[0] and o[1] <= span[1] and span[2] <= o[2] for o in self.spans):
                 kept.append(span)
         self.spans = kept
+
+
+Chapter = collections.namedtuple('Chapter', 'id title entries')
 
 
 def cpp_id(key):
@@ -838,14 +843,14 @@ def cpp_id(key):
 
 class Study:
     def __init__(self, python, top=TOP, here=HERE):
-        self.faults = Faults()
+        self.faults = []   # what does not match, a line each
         self.version, files = python
         self.python = {name: PyModule(name, path) for name, path in files.items()}
         self.cpp = Cpp(top)
         self.papers = Papers(top, self.faults)
         self.walks = read_walks(here / 'walks.txt')
         self.top, self.here = top, here
-        self.chapters = []   # (id, title, subtitle, [entries])
+        self.chapters = []
         self.entry_of = {}   # group -> entry
         self.check_anchors()
         for module in MODULES:
@@ -861,7 +866,7 @@ class Study:
         self.cross_reference()
 
     def entries(self):
-        return [e for chapter in self.chapters for e in chapter[3]]
+        return [e for chapter in self.chapters for e in chapter.entries]
 
     def old_names(self):
         """The names that smtpd had up to 3.10, when this Python has them no more."""
@@ -904,8 +909,8 @@ class Study:
         for name in lacking:
             self.faults.append("%s.py: %s has no twin, and no row in 'Not ported'" % (module, name))
         kind = 'pair' if groups else 'not-ported' if reason else 'python'
-        entry = Entry(item.id, item.name, module, item.cls or (item.name if item.kind == 'class' else ''), [item], groups,
-                      kind)
+        cls = item.name if item.kind == 'class' else item.cls
+        entry = Entry(item.id, item.name, module, cls, [item], groups, kind)
         entry.reason = reason
         if inherited and groups:
             entry.where = groups[0].scope.rpartition('::')[2]
@@ -945,8 +950,7 @@ class Study:
             if item.name == 'introduction':
                 self.introduce(entry, module)
             self.take(entry, entries)
-        # The ones with a text of Python's, first: an inherited function belongs to its own class.
-        self.chapters.append([module, module + '.py', '', entries])
+        self.chapters.append(Chapter(module, module + '.py', entries))
 
     def missing(self, module, name):
         item = PyItem(module, name, 'function' if '.' in name else 'class', 0, 0)
@@ -974,11 +978,13 @@ class Study:
                 twins = [n for m, n in (a for e in member.entities for a in e.anchors) if m == 'smtplib'] or [
                     name + '.' + ('__init__' if member.name == group.name else member.name)]
                 item = items.get(twins[0])
-                if item and member.kind == 'function' and member not in self.entry_of and any(
-                        e.body and not self.inside(e, group) for e in member.entities):
-                    self.take(Entry('smtplib.' + twins[0], twins[0], 'smtplib', name, [item], [member], 'pair'), entries)
+                public = member.kind == 'function' and not any(e.private for e in member.entities)
+                own = any(e.body and not self.inside(e, group) for e in member.entities)
+                if item and public and own and member not in self.entry_of:
+                    entry = Entry('smtplib.' + twins[0], twins[0], 'smtplib', name, [item], [member], 'pair')
+                    self.take(entry, entries)
         if entries:
-            self.chapters.append(['smtplib', 'smtplib.py, as far as the proxies need it', '', entries])
+            self.chapters.append(Chapter('smtplib', 'smtplib.py, as far as the proxies need it', entries))
 
     def members(self, group):
         found = [g for k, g in self.cpp.groups.items() if g.scope == group.key and g.kind in ('function', 'class')]
@@ -1009,16 +1015,17 @@ class Study:
             self.entry_of[group] = entry
             if home:
                 chapter, cls = home
-                entry.module, entry.cls = chapter[0], cls
-                at = max(i for i, e in enumerate(chapter[3]) if e.cls == cls) + 1
-                chapter[3].insert(at, entry)
+                entry.module, entry.cls = chapter.id, cls
+                at = max(i for i, e in enumerate(chapter.entries) if e.cls == cls) + 1
+                chapter.entries.insert(at, entry)
             else:
                 rest[self.part(group)].append(entry)
         for part in ('asyncore', 'asynchat', 'smtpd', 'main.cpp'):
             if rest[part]:
                 for entry in rest[part]:
                     entry.module, entry.cls = 'ours-' + part, self.class_of(entry.groups[0])
-                self.chapters.append(['ours-' + part.replace('.', '-'), 'Only ours: ' + part, '', self.by_class(rest[part])])
+                self.chapters.append(Chapter('ours-' + part.replace('.', '-'), 'Only ours: ' + part,
+                                             self.by_class(rest[part])))
 
     @staticmethod
     def by_class(entries):
@@ -1027,9 +1034,11 @@ class Study:
         for entry in entries:
             if entry.cls not in order:
                 order.append(entry.cls)
-        free = [e for e in entries if not e.cls]
-        return free + [e for c in order if c for e in sorted((e for e in entries if e.cls == c),
-                                                             key=lambda e: e.groups[0].name != c or e.groups[0].kind != 'class')]
+        ordered = [e for e in entries if not e.cls]
+        for cls in filter(None, order):   # the class itself first
+            ordered += sorted((e for e in entries if e.cls == cls),
+                              key=lambda e: e.groups[0].name != cls or e.groups[0].kind != 'class')
+        return ordered
 
     def class_of(self, group):
         parts = group.key.split('::')
@@ -1055,7 +1064,7 @@ class Study:
             owner = self.cpp.groups.get('::'.join(parts[:n]))
             entry = self.entry_of.get(owner)
             if entry and owner.kind == 'class' and entry.kind == 'pair':
-                chapter = next(c for c in self.chapters if entry in c[3])
+                chapter = next(c for c in self.chapters if entry in c.entries)
                 return chapter, entry.cls
         return None
 
@@ -1087,12 +1096,16 @@ class Study:
                 return None
             source = found[0]
             lines.append(found[1])
-        entry = self.entry_of.get(group) or next(
-            (e for e in self.entries() for s, first, last in e.spans if s is source and first <= lines[0] <= last), None)
+        entry = self.entry_of.get(group) or self.showing(source, lines[0])
         if not entry:
             self.faults.append('%s: %s is not on the page' % (where, name))
             return None
         return entry, source, lines
+
+    def showing(self, source, line):
+        """The entry that a line of ours is shown in."""
+        return next((e for e in self.entries() for s, first, last in e.spans
+                     if s is source and first <= line <= last), None)
 
     @staticmethod
     def offset(group, source, first):
@@ -1120,8 +1133,7 @@ class Study:
             for token in source.comments.values():
                 for found in re.finditer(r'\b[Dd]eviations? (\d+)', token.text):
                     row = self.papers.rows.get(int(found[1]))
-                    entry = next((e for e in self.entries() for s, first, last in e.spans
-                                  if s is source and first <= token.line <= last), None)
+                    entry = self.showing(source, token.line)
                     if not row:
                         self.faults.append('%s:%d: there is no deviation %s' % (source.name, token.line, found[1]))
                     elif entry and row.number not in entry.rows:
@@ -1157,9 +1169,8 @@ class Study:
                 step.lines = [(source.name, n) for n in lines]
                 items = [i for i in step.entry.items if not i.missing]
                 for quote in step.theirs:
-                    item = items[0] if items else None
-                    text = self.python[item.module].lines if item else []
-                    found = next((n for n in range(item.first, item.last + 1) if quote in text[n - 1]), None) if item else None
+                    found = next((n for i in items for n in range(i.first, i.last + 1)
+                                  if quote in self.python[i.module].lines[n - 1]), None)
                     if found:
                         step.python_lines.append(found)
                     elif not any(i.missing for i in step.entry.items):
@@ -1372,17 +1383,16 @@ class Page:
         if all(i.missing for i in entry.items):
             if '.' in entry.title:
                 return '<div class="none">Not in Python %s.</div>' % esc(self.study.version)
-            return ('<div class="none told">Python %s has no %s: it was taken out in Python 3.11. To see it here, make this '
-                    'page with an older one: <code>make study PYTHON=python3.10</code></div>'
+            return ('<div class="none told">Python %s has no %s: it was taken out in Python 3.11. To see it here, make '
+                    'this page with an older one: <code>make study PYTHON=python3.10</code></div>'
                     % (esc(self.study.version), esc(entry.title)))
-        pieces, count, head = [], 0, ''
+        pieces, count = [], 0
         for item in entry.items:
             name = item.module + '.py'
             pieces.append(self.code(name, item.first, item.last))
             count += item.last - item.first + 1
         first, last = entry.items[0].first, entry.items[-1].last
-        head = '<div class="file"><span>%s.py</span> <span>%s</span></div>' % (entry.items[0].module, span(first, last))
-        return head + self.foldable(''.join(pieces), count, entry)
+        return file_name(entry.items[0].module + '.py', first, last) + self.foldable(''.join(pieces), count, entry)
 
     def right(self, entry):
         if not entry.spans:
@@ -1393,10 +1403,10 @@ class Page:
                 return '<div class="none">Inherited: it stands in <a href="#%s">%s</a>.</div>' % (
                     target.id, esc(self.study.short(entry.groups[0].key)))
             return '<div class="none">Nothing here.</div>'
-        out, count, last_name, pieces = [], 0, '', []
+        count, last_name, pieces = 0, '', []
         for source, first, last in entry.spans:
             if source.name != last_name:
-                pieces.append('<div class="file"><span>%s</span> <span>%s</span></div>' % (source.name, span(first, last)))
+                pieces.append(file_name(source.name, first, last))
                 last_name = source.name
             whole = entry.kind == 'introduction' or any(g.kind == 'class' for g in entry.groups)
             pieces.append(self.code(source.name, first, last, entry.marks,
@@ -1424,7 +1434,9 @@ class Page:
                         target = self.study.entry_of[found[0]]
                         return target.id if target is not entry else None
                     scope = scope.rpartition('::')[0]
-            found = [g for g in self.study.cpp.by_suffix(name) if g in self.study.entry_of] if text.endswith('()') or '::' in name else []
+            if not text.endswith('()') and '::' not in name:
+                return None
+            found = [g for g in self.study.cpp.by_suffix(name) if g in self.study.entry_of]
             target = self.study.entry_of[found[0]] if len(found) == 1 else None
             return target.id if target and target is not entry else None
         return link
@@ -1450,8 +1462,8 @@ class Page:
             out.append('<p class="dim">Not ported: %s</p>' % inline(entry.reason, link))
         for number in entry.rows:
             row = self.study.papers.rows[number]
-            out.append('<div class="dev">%s<p class="where">%s</p><p><b>CPython</b> %s</p><p><b>Here</b> %s</p></div>' % (
-                self.badge(number), inline(row.where), inline(row.python), inline(row.here, link)))
+            out.append('<div class="dev">%s<p class="where">%s</p><p><b>CPython</b> %s</p><p><b>Here</b> %s</p></div>'
+                       % (self.badge(number), inline(row.where), inline(row.python), inline(row.here, link)))
         if entry.kind == 'only' and entry.callers:
             out.append('<p class="refs"><b>Used by</b> %s</p>' % self.refs(entry.callers))
         if entry.kind == 'pair' and entry.calls:
@@ -1475,11 +1487,13 @@ class Page:
     def paragraph(self, text, link):
         lines = text.split('\n')
         if all(l.startswith(('    ', '|')) for l in lines):
-            return '<pre class="sketch">%s</pre>' % html.escape('\n'.join(l[4:] if l[:4] == '    ' else l for l in lines), quote=False)
+            sketch = '\n'.join(l[4:] if l[:4] == '    ' else l for l in lines)
+            return '<pre class="sketch">%s</pre>' % html.escape(sketch, quote=False)
         text = ' '.join(l.strip() for l in lines)
         word = re.match(r'\w*', text)[0]
-        if text[:1].islower() and word not in KEYWORDS and word != 'nullptr' and text[len(word):len(word) + 1] not in ('(', ':'):
-            text = text[0].upper() + text[1:] if '_' not in word else text
+        if text[:1].islower() and word not in KEYWORDS and word != 'nullptr' and '_' not in word and (
+                text[len(word):len(word) + 1] not in ('(', ':')):
+            text = text[0].upper() + text[1:]
         if text[-1:].isalnum() or text[-1:] in ')`"':
             text += '.'
         return '<p>%s</p>' % inline(text, link)
@@ -1507,7 +1521,7 @@ class Page:
 
     def contents(self):
         out = []
-        for id_, title, _, entries in self.study.chapters:
+        for id_, title, entries in self.study.chapters:
             classes = collections.OrderedDict()
             for entry in entries:
                 classes.setdefault(entry.cls, []).append(entry)
@@ -1536,12 +1550,12 @@ class Page:
         for row in sorted(self.study.papers.rows.values(), key=lambda r: r.number):
             places = ', '.join('<a href="#%s"><code>%s</code></a>' % (e.id, esc(self.label(e))) for e in row.places)
             tests = ', '.join('<code>%s</code>' % esc(t) for t in dict.fromkeys(row.tests)) or '-'
-            rows.append('<tr id="deviation-%d"><td class="n">%d</td><td>%s<div class="at">%s</div></td><td>%s</td><td>%s'
-                        '<div class="at">Tests: %s</div></td></tr>' % (
+            rows.append('<tr id="deviation-%d"><td class="n">%d</td><td>%s<div class="at">%s</div></td><td>%s</td>'
+                        '<td>%s<div class="at">Tests: %s</div></td></tr>' % (
                             row.number, row.number, inline(row.where), places or 'everywhere', inline(row.python),
                             inline(row.here), tests))
-        return '<table><thead><tr><th>#</th><th>where</th><th>CPython 3.11</th><th>here, and why</th></tr></thead><tbody>%s' \
-            '</tbody></table>' % ''.join(rows)
+        return ('<table><thead><tr><th>#</th><th>where</th><th>CPython 3.11</th><th>here, and why</th></tr></thead>'
+                '<tbody>%s</tbody></table>' % ''.join(rows))
 
     def data(self):
         rows = {r.number: [inline(r.where), inline(r.python), inline(r.here)] for r in self.study.papers.rows.values()}
@@ -1553,7 +1567,7 @@ class Page:
 
     def render(self):
         study, parts = self.study, []
-        for id_, title, _, entries in study.chapters:
+        for id_, title, entries in study.chapters:
             alone = id_.startswith('ours-')
             parts.append('<div class="alone">\n' if alone else '<div>\n')
             parts.append('<h2 class="chapter" id="chapter-%s">%s</h2>\n' % (id_, esc(title)))
@@ -1583,8 +1597,9 @@ class Page:
         return re.sub(r'@(\w+)@', lambda m: values.get(m[1], m[0]), page)
 
 
-def span(first, last):
-    return str(first) if first == last else '%d&ndash;%d' % (first, last)
+def file_name(name, first, last):
+    lines = str(first) if first == last else '%d&ndash;%d' % (first, last)
+    return '<div class="file"><span>%s</span> <span>%s</span></div>' % (name, lines)
 
 
 def main():
