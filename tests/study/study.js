@@ -119,16 +119,17 @@ function apply() {
     }
   }
   $('#nothing').hidden = visible.length > 0;
+  document.body.classList.toggle('filtered', narrow);
   $('#count').textContent = narrow ? visible.length + ' of ' + pairs.length : '';
   locate();
 }
 filter.addEventListener('input', () => {
   apply();
-  if (filter.value && visible.length) jump(scrollY + visible[0].getBoundingClientRect().top - bar.offsetHeight - 40);
+  scrollTo({top: 0, behavior: 'instant'});   // the contents have become the list of what was found
 });
 kind.addEventListener('change', () => {
   apply();
-  if (kind.value && visible.length) show(visible[0]);
+  scrollTo({top: 0, behavior: 'instant'});
 });
 filter.addEventListener('keydown', event => {
   if (event.key === 'Enter' && visible.length) {
