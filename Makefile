@@ -6,6 +6,7 @@ CXX = c++
 CXXFLAGS = -O2
 TESTFLAGS = -O0
 WARNINGS = -Wall -Wextra -Wpedantic
+PYTHON = python3
 LDFLAGS =
 DESTDIR =
 PREFIX = /usr/local
@@ -47,6 +48,10 @@ tests/core: $(TESTS) $(LIBRARY)
 
 bench:
 	tests/bench/bench.py
+
+# dist/study.html: Python's functions and ours, side by side. It takes a Python 3.11 or older: PYTHON=python3.10
+study:
+	$(PYTHON) tests/study/study.py
 
 amalgamation:
 	sh tests/dist/amalgamate.sh
