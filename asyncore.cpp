@@ -16,6 +16,9 @@
 #include <iostream>
 
 namespace asyncore {
+inline namespace v1 {
+
+std::function<void(std::string_view, std::string_view)> log_handler;
 
 namespace {
 
@@ -699,7 +702,11 @@ void dispatcher::del_channel(map_type* map) {
 
 void dispatcher::create_socket(int family, int type) {
     family_and_type = {family, type};
-    set_socket(std::make_unique<socket_type>(family, type));
+    set_socket(make_socket(family, type));
+}
+
+std::unique_ptr<socket_type> dispatcher::make_socket(int family, int type) {
+    return std::make_unique<socket_type>(family, type);
 }
 
 socket_type& dispatcher::the_socket() const {
@@ -794,6 +801,7 @@ void dispatcher::log(std::string_view message) { std::cerr << "log: " << message
 
 void dispatcher::log_info(std::string_view message, std::string_view type) {
     if (std::find(ignore_log_types.begin(), ignore_log_types.end(), type) != ignore_log_types.end()) return;
+    if (log_handler) return log_handler(message, type);
     std::cout << type << ": " << message << std::endl;
 }
 
@@ -925,6 +933,50 @@ file_dispatcher::file_dispatcher(int fd, map_type* map) : dispatcher(nullptr, ma
 
 void file_dispatcher::set_file(int fd) { set_socket(std::make_unique<file_wrapper>(fd)); }
 
+static std::pair<socket_type, socket_type> make_pipe() {
+    int ends[2];
+    if (::pipe(ends) < 0) raise(errno, "pipe");
+    std::pair<socket_type, socket_type> result{socket_type(ends[0]), socket_type(ends[1])};
+    set_nonblocking(ends[1], true);
+    if (::fcntl(ends[1], F_SETFD, FD_CLOEXEC) < 0) raise(errno, "fcntl");
+    return result;
+}
+
+trigger::trigger(map_type* map) : trigger(make_pipe(), map) {}
+
+trigger::trigger(std::pair<socket_type, socket_type> pipe, map_type* map)
+    : file_dispatcher(pipe.first.fileno(), map), write_end_(std::move(pipe.second)) {}
+
+// A pipe that is full wakes the loop as well.
+void trigger::wake() noexcept { (void)!::write(write_end_.fileno(), "", 1); }
+
+void trigger::pull_trigger(std::function<void()> thunk) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    if (thunk) thunks_.push_back(std::move(thunk));
+    wake();
+}
+
+void trigger::handle_read() {
+    recv(4096);
+    std::unique_lock<std::mutex> guard(lock_);
+    for (std::size_t left = thunks_.size(); left > 0; --left) {   // those that come meanwhile have their own pass
+        const auto thunk = std::move(thunks_.front());
+        thunks_.pop_front();
+        guard.unlock();
+        try {
+            thunk();
+        } catch (const ExitNow&) {
+            wake();
+            throw;
+        } catch (...) {
+            handle_error();
+        }
+        guard.lock();
+    }
+}
+
+void trigger::handle_error() { log_exception("uncaptured C++ exception in a thunk of"); }
+
 receive_buffer::receive_buffer(map_type& map, std::size_t size)
     : map_(map), data_(std::move(map.buffer_)), size_(std::exchange(map.buffer_size_, 0)) {
     if (size_ >= size) return;
@@ -938,6 +990,7 @@ receive_buffer::~receive_buffer() {
     map_.buffer_size_ = size_;
 }
 
+}   // namespace v1
 }   // namespace asyncore
 
 // ---------------------------------------------------------------------------------------------------------
@@ -945,6 +998,7 @@ receive_buffer::~receive_buffer() {
 // ---------------------------------------------------------------------------------------------------------
 
 namespace asynchat {
+inline namespace v1 {
 
 simple_producer::simple_producer(std::string data, std::size_t buffer_size)
     : data_(std::move(data)), buffer_size_(buffer_size) {}
@@ -1126,12 +1180,13 @@ void async_chat::handle_expt() {
 // to time whether its peer is still there, since it waits for no event.
 asyncore::clock::time_point async_chat::deadline() {
     if (must_go_on()) return asyncore::at_once;
-    return paused_ ? look_again_at_ : asyncore::never;
+    if (paused_) return look_again_at_;
+    return readable() && socket && socket->pending() ? asyncore::at_once : asyncore::never;
 }
 
 void async_chat::handle_timeout() {
     if (must_go_on()) return consume();
-    if (!paused_) return dispatcher::handle_timeout();
+    if (!paused_) return socket && socket->pending() ? handle_read_event() : dispatcher::handle_timeout();
     pollfd gone{_fileno, 0, 0};   // asks for no event, but is told of a reset or a hang-up
     if (::poll(&gone, 1, 0) > 0) return handle_close();
     look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
@@ -1253,13 +1308,20 @@ void async_chat::refill() {
         producer_fifo.emplace_front(std::move(data));
 }
 
-void async_chat::discard_buffers() {
+void async_chat::discard_input() {
     input_ = {};
     kept_.clear();
     incoming.clear();
-    producer_fifo.clear();
-    sent_ = consumed_ = 0;
-    held_back_ = sending_ = false;
+    consumed_ = 0;
+    held_back_ = false;
 }
 
+void async_chat::discard_buffers() {
+    discard_input();
+    producer_fifo.clear();
+    sent_ = 0;
+    sending_ = false;
+}
+
+}   // namespace v1
 }   // namespace asynchat

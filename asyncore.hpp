@@ -32,8 +32,10 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -44,6 +46,7 @@
 #include <vector>
 
 namespace asyncore {
+inline namespace v1 {
 
 class dispatcher;
 
@@ -118,16 +121,18 @@ class socket_type {
     // asyncore.py: file_wrapper.close, file_wrapper.fileno
     virtual void close();   // a second close does nothing
     virtual int fileno() const noexcept { return fd_; }
+    // Whether there is input that select() can't see: what TLS has decrypted already, say.
+    virtual bool pending() const { return false; }
 
-    void setsockopt(int level, int option, int value);
-    void setblocking(bool flag);
-    void bind(const address& addr);
-    void listen(int backlog);
-    int connect_ex(const address& addr);   // 0 or an errno
+    virtual void setsockopt(int level, int option, int value);
+    virtual void setblocking(bool flag);
+    virtual void bind(const address& addr);
+    virtual void listen(int backlog);
+    virtual int connect_ex(const address& addr);   // 0 or an errno
     // Non-blocking, close-on-exec; null when nobody waits.
-    std::pair<std::unique_ptr<socket_type>, address> accept();
-    address getpeername() const;
-    address getsockname() const;
+    virtual std::pair<std::unique_ptr<socket_type>, address> accept();
+    virtual address getpeername() const;
+    virtual address getsockname() const;
 
   protected:
     int fd_;
@@ -219,6 +224,9 @@ void loop(std::optional<double> timeout = 30.0, bool use_poll = false, map_type*
 // ignore_all; EBADF is always ignored, ExitNow never. asyncore.py: close_all
 void close_all(map_type* map = nullptr, bool ignore_all = false);
 
+// Where log_info() writes instead of stdout, when it is set: message and type. Set it before any loop runs.
+extern std::function<void(std::string_view message, std::string_view type)> log_handler;
+
 // ---------------------------------------------------------------------------------------------------------
 // dispatcher
 // ---------------------------------------------------------------------------------------------------------
@@ -256,6 +264,8 @@ class dispatcher {
     virtual void del_channel(map_type* map = nullptr);
     // asyncore.py: dispatcher.create_socket
     void create_socket(int family = AF_INET, int type = SOCK_STREAM);
+    // The socket that create_socket() takes: override it for one of your own. Not in Python.
+    virtual std::unique_ptr<socket_type> make_socket(int family, int type);
     // asyncore.py: dispatcher.set_socket
     virtual void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);
     // asyncore.py: dispatcher.set_reuse_addr
@@ -289,9 +299,9 @@ class dispatcher {
     // Closes the socket and leaves the map; allocates nothing; twice is harmless. asyncore.py: dispatcher.close
     virtual void close();
 
-    // to stderr. asyncore.py: dispatcher.log
+    // To stderr. asyncore.py: dispatcher.log
     virtual void log(std::string_view message);
-    // To stdout, unless the type is one of ignore_log_types. asyncore.py: dispatcher.log_info
+    // To log_handler, or stdout without one, unless the type is one of ignore_log_types. asyncore.py: dispatcher.log_info
     virtual void log_info(std::string_view message, std::string_view type = "info");
 
     // What the loop calls.
@@ -381,6 +391,26 @@ class file_dispatcher : public dispatcher {
     void set_file(int fd);
 };
 
+// Wakes a loop from another thread (after the trigger of medusa, by asyncore's author). Not in asyncore.py.
+class trigger : public file_dispatcher {
+  public:
+    explicit trigger(map_type* map = nullptr);
+    std::string class_name() const override { return "asyncore.trigger"; }
+    bool writable() override { return false; }
+    // For any thread: the loop calls the thunks in order. It never blocks. What a thunk throws goes to handle_error(),
+    // which logs it; ExitNow leaves the loop, and the thunks behind it run when that is entered again.
+    void pull_trigger(std::function<void()> thunk = {});
+    void handle_read() override;
+    void handle_error() override;
+
+  private:
+    trigger(std::pair<socket_type, socket_type> pipe, map_type* map);
+    void wake() noexcept;
+    socket_type write_end_;
+    std::mutex lock_;
+    std::deque<std::function<void()>> thunks_;
+};
+
 // The loop's one receive buffer, lent for a while; a nested pass gets another.
 class receive_buffer {
   public:
@@ -396,6 +426,7 @@ class receive_buffer {
     std::size_t size_ = 0;
 };
 
+}   // namespace v1
 }   // namespace asyncore
 
 // ---------------------------------------------------------------------------------------------------------
@@ -403,6 +434,7 @@ class receive_buffer {
 // ---------------------------------------------------------------------------------------------------------
 
 namespace asynchat {
+inline namespace v1 {
 
 // Makes output when there is room for it: "" is the end.
 class producer {
@@ -498,6 +530,7 @@ class async_chat : public asyncore::dispatcher {
     void initiate_send();
     // asynchat.py: async_chat.discard_buffers
     void discard_buffers();
+    void discard_input();   // what has been received and not been handled; output stays. Not in Python.
 
     // What has been received and not been looked at yet (Python: an attribute).
     std::string_view ac_in_buffer() const { return input_; }
@@ -505,8 +538,9 @@ class async_chat : public asyncore::dispatcher {
     std::size_t queued() const;
 
     // While it is paused, a session reads nothing and handles nothing; what it has received waits. After
-    // resume() the loop goes on with that first. A peer that resets or hangs up meanwhile is noticed within a second or
-    // two: handle_close(). Not in Python.
+    // resume() the loop goes on with that first. It waits for no input and so for no end of it; but a peer that resets
+    // or hangs up is noticed within a second or two: handle_close(). Deadlines of a subclass go on: SMTPChannel's idle
+    // clock stands still until resume(), stop()'s bound does not. Not in Python.
     void pause();
     virtual void resume() { paused_ = false; }
     bool paused() const { return paused_; }
@@ -541,6 +575,7 @@ class async_chat : public asyncore::dispatcher {
     bool sending_ = false;       // initiate_send() is under way, and the queue has not been discarded in it
 };
 
+}   // namespace v1
 }   // namespace asynchat
 
 #endif

@@ -16,6 +16,7 @@
 #include <sstream>
 
 namespace smtpd {
+inline namespace v1 {
 
 using asyncore::address;
 
@@ -489,6 +490,11 @@ void deferred_reply::answer(std::string_view status) const {
         owed_->settle(status);
 }
 
+SMTPChannel* message_options::channel() const {
+    const auto owed = owed_.lock();
+    return owed ? owed->channel : nullptr;
+}
+
 deferred_reply message_options::defer() const {
     auto owed = owed_.lock();
     if (owed) owed->deferred = true;
@@ -720,7 +726,7 @@ std::exception_ptr SMTPChannel::log_unless_ExitNow(std::string_view what) {
 
 // Refuses an address when a hook has said so.
 bool SMTPChannel::refused(const std::string& reply) {
-    if (reply.empty()) return false;
+    if (reply.empty() || asked_) return false;
     const bool proper = is_reply(reply) && reply[0] >= '4';
     if (!proper) log_info("not a refusal: " + asyncore::repr(reply), "error");
     push(proper ? std::string_view(reply) : "451 Error: command not processed");
@@ -783,7 +789,7 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     finish(reply, std::move(status), leaving);
 }
 
-deferred_reply SMTPChannel::owe() {
+deferred_reply SMTPChannel::defer() {
     const auto reply = asked_ ? asked_ : std::make_shared<deferred_reply::owed>(this);
     reply->deferred = true;
     reply->in_hook = asked_ || executing_;
@@ -805,7 +811,14 @@ void SMTPChannel::answer(std::string_view reply) {
     if (received_data.capacity() > kept_size) std::string().swap(received_data);
     const bool proper = is_reply(reply);
     if (!proper) log_info("not a reply: " + asyncore::repr(reply), "error");
-    push(proper ? reply : not_processed);
+    const auto about = std::exchange(deferred_, nothing);
+    if (about == nothing || !proper || reply[0] != '2') {
+        if (about == sender) mailfrom.clear();
+        if (about == recipient) rcpttos.pop_back();
+        push(proper ? reply : not_processed);
+    } else {
+        about == sender ? answer_MAIL() : answer_RCPT();
+    }
     stop_when_idle();
 }
 
@@ -1029,7 +1042,10 @@ void SMTPChannel::smtp_MAIL(argument arg) {
     require_SMTPUTF8 = utf8;
     declared_size_ = std::min(declared, DATA_SIZE_DEFAULT);
     if (debugging()) DEBUGSTREAM << "sender: " << asyncore::repr(mailfrom) << std::endl;
-    answer_MAIL();
+    if (asked_)
+        deferred_ = sender;
+    else
+        answer_MAIL();
 }
 
 void SMTPChannel::smtp_RCPT(argument arg) {
@@ -1050,7 +1066,10 @@ void SMTPChannel::smtp_RCPT(argument arg) {
     rcpttos.push_back(std::move(parsed->first));
     rcpt_options = words;
     if (debugging()) DEBUGSTREAM << "recips: " << list_repr(rcpttos) << std::endl;
-    answer_RCPT();
+    if (asked_)
+        deferred_ = recipient;
+    else
+        answer_RCPT();
 }
 
 void SMTPChannel::smtp_RSET(argument arg) {
@@ -1554,6 +1573,7 @@ void SMTP::docmd(const std::string& cmd, handler then) {
     check_command(cmd);
     check_handler(then);
     if (!connected) return then({-1, "not connected"});
+    stage = cmd.substr(0, cmd.find(' '));
     expect(std::move(then), wait_.command);
     async_chat::push(cmd + "\r\n");
 }
@@ -1617,6 +1637,7 @@ void SMTP::data(letter msg, handler then) {
 }
 
 void SMTP::send_message() {
+    stage = "message";
     next_ = awaited::end;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
     gone_out_ = false;
@@ -1828,24 +1849,33 @@ void SMTP::handle_timeout() {
 }
 
 SMTP::refused sendmail(const address& server, const std::string& from_addr, const std::vector<std::string>& to_addrs,
-                       std::string msg, const timeouts& wait) {
+                       std::string msg, const timeouts& wait, const sendmail_options& with) {
     check_command(from_addr);
     for (const auto& addr : to_addrs) check_command(addr);
     asyncore::map_type map;
     SMTP session(&map, wait);
+    session.local_hostname = with.local_hostname;
     reply result;
+    std::string stage;
     SMTP::refused refused;
     const auto done = [&](const reply& answer, const SMTP::refused& some) {
         result = answer;
         refused = some;
+        stage = session.stage;
         session.quit();
     };
     session.open(server, [&](const reply& answer) {
         if (answer.code != 250) return done(answer, {});
-        session.sendmail(from_addr, to_addrs, std::move(msg), {}, false, done);
+        session.sendmail(from_addr, to_addrs, std::move(msg), with.mail_options, false, done);
     });
-    asyncore::loop(30.0, false, &map);
-    if (result.code != 250) throw SMTPResponseException(result);
+    const auto end = after(with.total);
+    while (!map.empty()) {
+        const std::chrono::duration<double> left = end - asyncore::clock::now();
+        if (left.count() <= 0) session.close();
+        asyncore::poll(std::clamp(left.count(), 0.0, 30.0), &map);
+    }
+    if (result.code < 0 && result.text.empty()) result.text = "no answer in time";
+    if (result.code != 250) throw SMTPResponseException(result, stage, refused);
     return refused;
 }
 
@@ -1901,7 +1931,7 @@ void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
     const SMTP::handler unless_lost = [this, to, &it, then](const reply& said) {
         if (said.code >= 0 && said.code != 421) return then(said);
         dismiss(it);
-        auto session = proxy().make_session(to);
+        auto session = proxy().new_session(to);
         it.session = session.get();
         it.session->on_close = [&it] { it.session = nullptr; };
         session->open(proxy().address_of(to), [this, to, &it, then](const reply& answer) {
@@ -1979,7 +2009,7 @@ void ProxyChannel::answer_MAIL() {
     lost_ = false;
     for (auto& it : lanes_) it.begun = false, it.accepted.clear();   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
-    begin(PureProxy::side::upstream, [this, reply = owe()](const auto& said) {
+    begin(PureProxy::side::upstream, [this, reply = defer()](const auto& said) {
         if (said.code == 250) return reply.answer("250 OK");
         _set_post_data_state();
         reply.answer(refusal(PureProxy::side::upstream, said));
@@ -1996,7 +2026,7 @@ void ProxyChannel::answer_RCPT() {
         return push(not_available);
     }
     if (proxy().address_of(to).none()) return push("250 OK");
-    const deferred_reply reply = owe();
+    const deferred_reply reply = defer();
     // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
     const lane& it = of(to);
     if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return say_RCPT(to, reply);
@@ -2017,7 +2047,7 @@ void ProxyChannel::answer_lost() {
 void ProxyChannel::smtp_RSET(argument arg) {
     if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
     lost_ = false;
-    reset(lanes_[0], [this, reply = owe()](const auto&) {
+    reset(lanes_[0], [this, reply = defer()](const auto&) {
         reset(lanes_[1], [this, reply](const auto&) {
             _set_rset_state();
             reply.answer("250 OK");
@@ -2137,8 +2167,13 @@ std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::
 std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
     auto session = to == side::lists ? std::make_unique<LMTP>(settings.map, settings.upstream)
                                      : std::make_unique<SMTP>(settings.map, settings.upstream);
-    session->stop_by_ = stop_by_;
     if (settings.fqdn.find('.') != settings.fqdn.npos) session->local_hostname = settings.fqdn;
+    return session;
+}
+
+std::unique_ptr<SMTP> PureProxy::new_session(side to) const {
+    auto session = make_session(to);
+    session->stop_by_ = stop_by_;
     return session;
 }
 
@@ -2182,7 +2217,7 @@ void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::str
 void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                         const std::vector<std::string>& mail_options, SMTP::handler then) {
     check_handler(then);
-    auto session = make_session(to);
+    auto session = new_session(to);
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
@@ -2340,4 +2375,5 @@ server_class::server_class(const std::string& name, server_factory make) { known
 
 const std::map<std::string, server_factory>& server_class::all() { return known_classes(); }
 
+}   // namespace v1
 }   // namespace smtpd

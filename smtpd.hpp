@@ -29,6 +29,7 @@
 #include "asyncore.hpp"
 
 namespace smtpd {
+inline namespace v1 {
 
 class SMTPChannel;
 class SMTPServer;
@@ -56,6 +57,8 @@ struct timeouts {
     std::chrono::milliseconds data_block{180000};         // any progress while the message is sent
     std::chrono::milliseconds data_termination{600000};   // the answer to the message
     std::chrono::milliseconds quit{5000};
+
+    static timeouts all(std::chrono::milliseconds time) { return {time, time, time, time, time, time, time}; }
 };
 
 // What a server is made with. A timeout or a limit of 0 means none.
@@ -66,13 +69,13 @@ struct options {
     bool decode_data = false;                          // messages must be UTF-8; no 8BITMIME; not with SMTPUTF8
 
     // Not in Python.
-    std::string fqdn;                                 // the name in the banner; "": asyncore::getfqdn()
+    std::string fqdn{};                               // the name in the banner; "": asyncore::getfqdn()
     std::chrono::milliseconds idle_timeout{300000};   // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
     std::chrono::milliseconds data_timeout{3600000};  // a message that brings less than 64 KiB in it gets 421
     std::size_t connection_limit = 0;                 // clients at a time; then 421
     std::size_t rcpt_limit = 1000;                    // recipients of a message; then 452
     std::size_t reply_queue_limit = 1 << 20;          // bytes of replies that wait; then input waits too
-    timeouts upstream;                                // PureProxy, MailmanProxy: for the servers they send to
+    timeouts upstream{};                              // PureProxy, MailmanProxy: for the servers they send to
     std::string mailman_lists = "/var/lib/mailman3/lists";   // MailmanProxy: one folder a list, NAME.DOMAIN
     asyncore::address mailman_lmtp{"127.0.0.1", 8024};       // MailmanProxy: where Mailman 3 takes messages
 };
@@ -103,6 +106,8 @@ struct message_options {
     // Take over the answer: what process_message() returns is then ignored, and the client waits. Calling it
     // again gives the same answer; after process_message() has returned, one that nobody hears.
     deferred_reply defer() const;
+    // The channel that the message came by; null when the client has gone, or the reply has been given.
+    SMTPChannel* channel() const;
 
   private:
     friend class SMTPChannel;
@@ -179,6 +184,11 @@ class SMTPChannel : public asynchat::async_chat {
     // if (verb == "AUTH") return static_cast<command>(&MyChannel::smtp_AUTH);
     virtual command find_command(std::string_view verb);
 
+    // Take over the reply to the command or the message under way, in a hook or a method of a verb: what that returns is
+    // then ignored, and the channel pauses until the token's answer(). Calling it again gives the same token. In
+    // refuse_MAIL and refuse_RCPT "" or a 2yz takes the address. Not in Python.
+    deferred_reply defer();
+
     // smtpd.py: SMTPChannel.smtp_HELO
     virtual void smtp_HELO(argument arg);
     // smtpd.py: SMTPChannel.smtp_EHLO
@@ -232,11 +242,9 @@ class SMTPChannel : public asynchat::async_chat {
     virtual std::vector<std::string> extensions() const { return {}; }
     // The syntax of a verb, as HELP and the 501 replies tell it; "" when there is none. Not in Python.
     virtual std::string syntax(std::string_view verb) const;
-    // Take over the answer to the command under way: the channel pauses until it is given.
-    deferred_reply owe();
     // The answer that the client has been waiting for: it is sent, and the channel goes on.
     void answer(std::string_view reply);
-    // What owe() gave is gone, and nothing was answered: 451.
+    // What defer() gave is gone, and nothing was answered: 451.
     virtual void answer_lost();
 
   private:
@@ -271,6 +279,7 @@ class SMTPChannel : public asynchat::async_chat {
     std::size_t data_left_ = 0;              // bytes until data_since_ is set anew
     bool data_starts_ = false;               // the CR LF of the DATA line is still to come: see smtp_DATA
     bool gathering_ = false;                 // an event is under way, and replies wait for its end
+    enum { nothing, sender, recipient } deferred_ = nothing;   // what a hook has put off refusing
     bool executing_ = false;                 // a command is under way,
     bool replied_ = false;                   // and it has pushed something
 };
@@ -385,6 +394,7 @@ class SMTP : public asynchat::async_chat {
     using handler = std::function<void(const reply&)>;
     using refused = std::map<std::string, reply>;   // recipient -> why
 
+    std::string stage = "connect";                       // the command that was sent last; "message" after DATA
     std::string local_hostname;                          // for EHLO; "": this side's address, as in [127.0.0.1]
     bool does_esmtp = false;                             // EHLO was accepted
     std::map<std::string, std::string> esmtp_features;   // what it offered: "SIZE" -> "33554432"
@@ -412,7 +422,7 @@ class SMTP : public asynchat::async_chat {
     // smtplib.py: SMTP.helo
     void helo(handler then);
     // smtplib.py: SMTP.ehlo_or_helo_if_needed
-    void ehlo_or_helo_if_needed(handler then);
+    virtual void ehlo_or_helo_if_needed(handler then);
     // smtplib.py: SMTP.has_extn
     bool has_extn(const std::string& name) const { return esmtp_features.count(name) > 0; }
     // The options are sent as they are, as in {"SIZE=1000", "BODY=8BITMIME"}. smtplib.py: SMTP.mail
@@ -450,6 +460,8 @@ class SMTP : public asynchat::async_chat {
     void close() override;
 
   protected:
+    // Ends the session: who waits is told -1 and why.
+    void fail(const std::string& why);
     virtual std::string ehlo_msg() const { return "EHLO"; }
     // How many answers follow a message that `recipients` were accepted for.
     virtual std::size_t data_replies(std::size_t /*recipients*/) const { return 1; }
@@ -460,7 +472,6 @@ class SMTP : public asynchat::async_chat {
     void attempt();
     void expect(handler then, std::chrono::milliseconds wait);
     void report(reply answer);
-    void fail(const std::string& why);
     void say_closed();
     bool stopped() const;
     void send_message();
@@ -499,13 +510,24 @@ class LMTP : public SMTP {
 class SMTPResponseException : public std::runtime_error {
   public:
     reply answer;
-    explicit SMTPResponseException(const reply& why) : std::runtime_error(why.line()), answer(why) {}
+    std::string stage;         // what was answered so: "connect", "EHLO", "MAIL", "RCPT", "DATA", or "message"
+    SMTP::refused recipients;  // those that were refused, each with its reply
+    explicit SMTPResponseException(const reply& why, std::string at = {}, SMTP::refused who = {})
+        : std::runtime_error(why.line()), answer(why), stage(std::move(at)), recipients(std::move(who)) {}
+};
+
+// What sendmail() may be told besides.
+struct sendmail_options {
+    std::vector<std::string> mail_options{};   // such as "BODY=8BITMIME": sent where the server offers it
+    std::string local_hostname{};              // for EHLO
+    std::chrono::milliseconds total{0};        // for all of it; 0: no limit but the timeouts
 };
 
 // Sends one message and waits until it is done, in a loop of its own: for small programs. Returns the recipients
 // that were refused while others got it. smtplib.py: SMTP.sendmail
 SMTP::refused sendmail(const asyncore::address& server, const std::string& from_addr,
-                       const std::vector<std::string>& to_addrs, std::string msg, const timeouts& wait = {});
+                       const std::vector<std::string>& to_addrs, std::string msg, const timeouts& wait = {},
+                       const sendmail_options& with = {});
 
 // ---------------------------------------------------------------------------------------------------------
 // The proxies
@@ -546,6 +568,8 @@ class PureProxy : public SMTPServer {
     virtual std::string address_for(side /*to*/, const std::string& recipient) const { return recipient; }
     // MAIL is answered by upstream; otherwise with 250, and a side is asked when it gets a recipient.
     virtual bool asks_at_MAIL() const { return true; }
+    // A session with that side, before it connects: override it for one of your own, with TLS say.
+    virtual std::unique_ptr<SMTP> make_session(side to) const;
     // Sends the message on the transaction that the client's channel has open there, or by a connection of its own
     // when a subclass has changed the envelope. `then` gets the answer.
     void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
@@ -554,7 +578,7 @@ class PureProxy : public SMTPServer {
   private:
     void deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                  const std::vector<std::string>& mail_options, SMTP::handler then);
-    std::unique_ptr<SMTP> make_session(side to) const;
+    std::unique_ptr<SMTP> new_session(side to) const;
     const asyncore::address& address_of(side to) const;
 
     std::set<SMTP*> deliveries_;   // sessions of deliver()
@@ -651,6 +675,7 @@ struct server_class {
     static const std::map<std::string, server_factory>& all();
 };
 
+}   // namespace v1
 }   // namespace smtpd
 
 #endif

@@ -294,7 +294,7 @@ TEST(hostile, a_command_that_throws) {
             at("smtp_VRFY");
         }
         void smtp_EXPN(argument) override {
-            auto reply = owe();
+            auto reply = defer();
             at("smtp_EXPN");
             reply.answer("252 perhaps");
         }
