@@ -60,6 +60,933 @@ void set_nonblocking(int fd, bool flag) {
     if (wanted != flags && ::fcntl(fd, F_SETFL, wanted) < 0) raise(errno, "fcntl");
 }
 
+}   // namespace
+
+bool DISCONNECTED(int err) noexcept {
+    return err == ECONNRESET || err == ENOTCONN || err == ESHUTDOWN || err == ECONNABORTED || err == EPIPE ||
+           err == EBADF;
+}
+
+std::string _strerror(int err) { return std::generic_category().message(err); }
+
+// ---------------------------------------------------------------------------------------------------------
+// The loop
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+map_type& given(map_type* map) { return map ? *map : default_socket_map(); }
+
+// The one place where what a handler throws is caught.
+void deliver(dispatcher& obj, void (dispatcher::*event)()) {
+    try {
+        (obj.*event)();
+    } catch (const ExitNow&) {
+        throw;
+    } catch (...) {
+        obj.handle_error();
+    }
+}
+
+}   // namespace
+
+void read(dispatcher& obj) { deliver(obj, &dispatcher::handle_read_event); }
+
+void write(dispatcher& obj) { deliver(obj, &dispatcher::handle_write_event); }
+
+void _exception(dispatcher& obj) { deliver(obj, &dispatcher::handle_expt_event); }
+
+void readwrite(dispatcher& obj, short flags) {
+    // Python does not look again between the steps; here an object that one step closed is left alone.
+    const map_type& map = *obj._map;
+    const int fd = obj._fileno;
+    const auto registration = map.get(fd) == &obj ? map.registration(fd) : 0;
+    const auto gone = [&] { return registration != 0 && map.registration(fd) != registration; };
+    try {
+        if (flags & POLLIN) obj.handle_read_event();
+        if (flags & POLLOUT && !gone()) obj.handle_write_event();
+        if (flags & POLLPRI && !gone()) obj.handle_expt_event();
+        // Python closes at once, and what is still to be read is lost; here reading finds the end.
+        if (flags & (POLLHUP | POLLERR | POLLNVAL) && !(flags & POLLIN) && !gone()) obj.handle_close();
+    } catch (const ExitNow&) {
+        throw;
+    } catch (const std::system_error& error) {
+        if (gone()) return;
+        if (error.code().category() == std::generic_category() && DISCONNECTED(error.code().value()))
+            deliver(obj, &dispatcher::handle_close);
+        else
+            obj.handle_error();
+    } catch (...) {
+        obj.handle_error();
+    }
+}
+
+// While the map is visited, what closes is not destroyed.
+struct map_type::visit {
+    map_type& map;
+
+    explicit visit(map_type& m) : map(m) { ++map.depth_; }
+    ~visit() {
+        --map.depth_;
+        map.bury_the_dead();
+    }
+    visit(const visit&) = delete;
+    visit& operator=(const visit&) = delete;
+};
+
+// One pass over a map: who waits for what, and until when.
+struct map_type::pass : visit {
+    std::vector<pollfd> wanted;   // in the order of descriptors
+    std::uint64_t newest = 0;     // the last registration that was asked
+    clock::time_point nearest = clock::time_point::max();
+    clock::time_point woken{};
+
+    explicit pass(map_type& m) : visit(m) {
+        wanted.swap(map.wanted_);
+        wanted.clear();
+    }
+
+    ~pass() { wanted.swap(map.wanted_); }
+
+    void collect() {
+        newest = map.registrations_;   // who registers from now on is a newcomer
+        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
+            const slot asked = map.slots_[fd];
+            if (!asked.object) continue;
+            short events = 0;
+            if (asked.object->readable()) events |= POLLIN | POLLPRI;
+            if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
+            const auto due = asked.object->deadline();
+            if (map.registration(static_cast<int>(fd)) != asked.registration) continue;   // closed by one of the three
+            nearest = std::min(nearest, due);
+            if (events == 0) continue;
+            try {
+                wanted.push_back({static_cast<int>(fd), events, 0});
+            } catch (const std::bad_alloc&) {
+                // Those that there is room for have their turn; the others soon.
+                nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
+                return;
+            }
+        }
+    }
+
+    // Waits for `timeout` seconds, or until the nearest deadline, by calling sleep(microseconds; < 0: for
+    // ever) until no signal interrupts it.
+    template <typename Wait>
+    void wait(std::optional<double> timeout, Wait sleep) {
+        using namespace std::chrono;
+        constexpr double for_ever = 1e9;   // 31 years
+        constexpr hours longest(24);       // macOS refuses to wait for more than 100,000,000 s
+        auto until = nearest;
+        if (timeout && *timeout < for_ever)
+            until = std::min(until, clock::now() + duration_cast<clock::duration>(duration<double>(*timeout)));
+        for (;;) {
+            microseconds left{-1};
+            if (until != clock::time_point::max()) {
+                const auto now = clock::now();
+                left = until <= now ? left.zero() : ceil<microseconds>(std::min<clock::duration>(until - now, longest));
+            }
+            const int ready = sleep(left);
+            const int err = errno;
+            woken = clock::now();
+            if (ready > 0 || (ready == 0 && woken >= until)) return;
+            if (ready == 0) continue;
+            if (err == EAGAIN || err == ENOMEM) {
+                // Python: the loop ends. The system is short of something, and may have it again soon.
+                const timespec moment{0, 10000000};
+                ::nanosleep(&moment, nullptr);
+            } else if (err != EINTR && !(err == EBADF && drop_closed())) {
+                raise(err, "poll");
+            }
+        }
+    }
+
+    // Forgets those that another one's readable(), writable() or deadline() has closed. Python: the loop ends.
+    bool drop_closed() {
+        const auto closed = [this](const pollfd& want) { return !object_for(want); };
+        const auto kept = std::remove_if(wanted.begin(), wanted.end(), closed);
+        const bool any = kept != wanted.end();
+        wanted.erase(kept, wanted.end());
+        return any;
+    }
+
+    // The object that an event was collected for; null if it has closed since, even if its descriptor is in use again.
+    dispatcher* object_for(const pollfd& want) const {
+        return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
+    }
+
+    void select(std::optional<double> timeout) {
+        fd_set r, w, e;
+        int left_to_do = 0;
+        wait(timeout, [&](std::chrono::microseconds left) {
+            FD_ZERO(&r);
+            FD_ZERO(&w);
+            FD_ZERO(&e);
+            for (const auto& want : wanted) {
+                if (want.events & POLLIN) FD_SET(want.fd, &r);
+                if (want.events & POLLOUT) FD_SET(want.fd, &w);
+                FD_SET(want.fd, &e);
+            }
+            timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
+                       static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
+            return left_to_do = ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
+        });
+        const auto deliver_to = [&](const fd_set& ready, void (*event)(dispatcher&)) {
+            for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
+                if (!FD_ISSET(wanted[i].fd, &ready)) continue;
+                --left_to_do;
+                if (dispatcher* obj = object_for(wanted[i])) event(*obj);
+            }
+        };
+        deliver_to(r, asyncore::read);
+        deliver_to(w, asyncore::write);
+        deliver_to(e, asyncore::_exception);
+    }
+
+    void poll(std::optional<double> timeout) {
+        int left_to_do = 0;
+        wait(timeout, [&](std::chrono::microseconds left) {
+            const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
+            return left_to_do = ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
+        });
+        for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
+            if (wanted[i].revents == 0) continue;
+            --left_to_do;
+            if (dispatcher* obj = object_for(wanted[i])) readwrite(*obj, wanted[i].revents);
+        }
+    }
+
+    int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
+
+    // Timeouts are judged by the time at which the wait ended, so that a slow handler does not make other objects time
+    // out.
+    void expire() {
+        if (nearest > woken) return;
+        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
+            dispatcher* obj = map.slots_[fd].object;
+            if (obj && obj->deadline() <= woken) deliver(*obj, &dispatcher::handle_timeout);
+        }
+    }
+};
+
+void poll(std::optional<double> timeout, map_type* map_) {
+    map_type& map = given(map_);
+    if (timeout && !(*timeout >= 0)) throw std::invalid_argument("timeout must be non-negative");
+    if (map.empty()) return;
+    map_type::pass pass(map);
+    pass.collect();
+    if (pass.highest() < FD_SETSIZE)
+        pass.select(timeout);
+    else
+        pass.poll(timeout);   // Python: the loop ends with ValueError
+    pass.expire();
+}
+
+void poll2(std::optional<double> timeout, map_type* map_) {
+    map_type& map = given(map_);
+    if (map.empty()) return;
+    map_type::pass pass(map);
+    pass.collect();
+    pass.poll(timeout && *timeout >= 0 ? timeout : std::nullopt);
+    pass.expire();
+}
+
+void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
+    map_type& map = given(map_);
+    while (!map.empty() && count.value_or(1) > 0) {
+        if (use_poll)
+            poll2(timeout, &map);
+        else
+            poll(timeout, &map);
+        if (count) --*count;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dispatcher
+// ---------------------------------------------------------------------------------------------------------
+
+dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(&given(map)) {
+    if (!sock) return;
+    sock->setblocking(false);
+    try {
+        addr = sock->getpeername();
+        connected = true;
+    } catch (const std::system_error& error) {
+        // A socket that is not connected may be given as well.
+        if (error.code().value() != ENOTCONN && error.code().value() != EINVAL) throw;
+    }
+    socket = std::move(sock);
+    _fileno = socket->fileno();
+    _map->add(_fileno, *this);   // last: nothing can fail after it
+}
+
+dispatcher::~dispatcher() { _map->remove(_fileno, *this); }
+
+std::string dispatcher::repr() const {
+    std::string text = "<" + class_name();
+    if (accepting && !addr.none())
+        text += " listening";
+    else if (connected)
+        text += " connected";
+    if (!addr.none()) text += " " + addr.str();
+    char id[32];
+    std::snprintf(id, sizeof id, " at %#zx>", reinterpret_cast<std::size_t>(this));
+    return text + id;
+}
+
+void dispatcher::add_channel(map_type* map) { (map ? map : _map)->add(_fileno, *this); }
+
+void dispatcher::del_channel(map_type* map) {
+    (map ? map : _map)->remove(_fileno, *this);
+    _fileno = -1;
+}
+
+void dispatcher::create_socket(int family, int type) {
+    family_and_type = {family, type};
+    set_socket(make_socket(family, type));
+}
+
+std::unique_ptr<socket_type> dispatcher::make_socket(int family, int type) {
+    return std::make_unique<socket_type>(family, type);
+}
+
+socket_type& dispatcher::the_socket() const {
+    if (!socket) throw std::logic_error("the dispatcher has no socket");
+    return *socket;
+}
+
+void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
+    if (!sock) throw std::invalid_argument("there is no socket to set");
+    _map->remove(_fileno, *this);   // a socket that is replaced takes its registration along
+    socket = std::move(sock);
+    _fileno = socket->fileno();
+    add_channel(map);
+}
+
+void dispatcher::set_reuse_addr() {
+    try {
+        the_socket().setsockopt(SOL_SOCKET, SO_REUSEADDR, socket->getsockopt(SOL_SOCKET, SO_REUSEADDR) | 1);
+    } catch (const std::system_error&) {
+        // a server without it can do its work
+    }
+}
+
+void dispatcher::listen(int num) {
+    accepting = true;
+    the_socket().listen(num);
+}
+
+void dispatcher::bind(const address& address) {
+    addr = address;
+    the_socket().bind(address);
+}
+
+void dispatcher::connect(const address& address) {
+    connected = false;
+    connecting = true;
+    const int err = the_socket().connect_ex(address);
+    if (err != 0 && err != EISCONN && err != EINPROGRESS && err != EALREADY && !would_block(err)) raise(err, "connect");
+    addr = address;
+    if (err == 0 || err == EISCONN) handle_connect_event();
+}
+
+std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::accept() {
+    auto pair = the_socket().accept();
+    if (!pair.first) return std::nullopt;
+    return pair;
+}
+
+std::size_t dispatcher::send(std::string_view data) {
+    try {
+        return the_socket().send(data);
+    } catch (const std::system_error& error) {
+        if (would_block(error.code().value())) return 0;
+        if (!DISCONNECTED(error.code().value())) throw;
+    }
+    handle_close();
+    return 0;
+}
+
+std::string dispatcher::recv(std::size_t buffer_size) {
+    receive_buffer buffer(*_map, buffer_size);
+    return std::string(buffer.data(), recv_into(buffer.data(), buffer_size));
+}
+
+std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
+    try {
+        const std::size_t received = the_socket().recv(buffer, size);
+        if (received > 0) return received;
+    } catch (const std::system_error& error) {
+        if (!DISCONNECTED(error.code().value())) throw;
+    }
+    handle_close();
+    return 0;
+}
+
+void dispatcher::close() {
+    connected = accepting = connecting = false;
+    del_channel();
+    if (owned_) {
+        owned_ = false;
+        _map->graveyard_.splice(_map->graveyard_.end(), _map->owned_, self_);
+    }
+    if (!socket) return;
+    try {
+        socket->close();
+    } catch (const std::system_error& error) {
+        if (error.code().value() != ENOTCONN && error.code().value() != EBADF) throw;
+    }
+}
+
+void dispatcher::log(std::string_view message) { std::cerr << "log: " << message << '\n'; }
+
+void dispatcher::log_info(std::string_view message, std::string_view type) {
+    if (std::find(ignore_log_types.begin(), ignore_log_types.end(), type) != ignore_log_types.end()) return;
+    if (log_handler) return log_handler(message, type);
+    std::cout << type << ": " << message << std::endl;
+}
+
+void dispatcher::handle_read_event() {
+    if (accepting) return handle_accept();
+    if (!connected && connecting) handle_connect_event();
+    handle_read();
+}
+
+void dispatcher::handle_connect_event() {
+    const int err = the_socket().getsockopt(SOL_SOCKET, SO_ERROR);
+    if (err != 0) raise(err, "connect");
+    handle_connect();
+    connected = true;
+    connecting = false;
+}
+
+void dispatcher::handle_write_event() {
+    if (accepting) return;   // a listener has nothing to write
+    if (!connected && connecting) handle_connect_event();
+    handle_write();
+}
+
+void dispatcher::handle_expt_event() {
+    // An exceptional condition is an error of the socket, or an urgent byte.
+    if (the_socket().getsockopt(SOL_SOCKET, SO_ERROR) != 0)
+        handle_close();
+    else
+        handle_expt();
+}
+
+std::string dispatcher::current_exception_text() {
+    std::string type = "unknown exception", what;
+    try {
+        throw;
+    } catch (const std::system_error& e) {
+        type = "std::system_error", what = e.what();
+    } catch (const std::bad_alloc& e) {
+        type = "std::bad_alloc", what = e.what();
+    } catch (const std::logic_error& e) {
+        type = "std::logic_error", what = e.what();
+    } catch (const std::runtime_error& e) {
+        type = "std::runtime_error", what = e.what();
+    } catch (const std::exception& e) {
+        type = "std::exception", what = e.what();
+    } catch (...) {}
+    const std::string quoted = asyncore::repr(what);   // it may carry a stranger's bytes
+    return type + ":" + quoted.substr(1, quoted.size() - 2);
+}
+
+void dispatcher::log_exception(std::string_view what) {
+    quietly([&] { log_info(std::string(what) + " " + repr() + " (" + current_exception_text() + ")", "error"); });
+}
+
+void dispatcher::handle_error() {
+    log_exception("uncaptured C++ exception, closing channel");
+    // Python: what fails in here ends the loop; here the connection is all that is lost.
+    if (!quietly([this] { handle_close(); }) && !quietly([this] { close(); })) quietly([this] { dispatcher::close(); });
+}
+
+void dispatcher::handle_expt() { log_info("unhandled incoming priority event", "warning"); }
+
+void dispatcher::handle_read() { log_info("unhandled read event", "warning"); }
+
+void dispatcher::handle_write() { log_info("unhandled write event", "warning"); }
+
+void dispatcher::handle_connect() { log_info("unhandled connect event", "warning"); }
+
+void dispatcher::handle_accept() {
+    if (auto pair = accept()) handle_accepted(std::move(pair->first), pair->second);
+}
+
+void dispatcher::handle_accepted(std::unique_ptr<socket_type> sock, const address&) {
+    sock->close();
+    log_info("unhandled accepted event", "warning");
+}
+
+void dispatcher::handle_close() {
+    log_info("unhandled close event", "warning");
+    close();
+}
+
+void dispatcher::handle_timeout() {
+    log_info("unhandled timeout event", "warning");
+    close();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dispatcher_with_send, close_all, file_wrapper, file_dispatcher
+// ---------------------------------------------------------------------------------------------------------
+
+void dispatcher_with_send::initiate_send() {
+    out_buffer.erase(0, dispatcher::send(std::string_view(out_buffer).substr(0, 65536)));
+}
+
+void dispatcher_with_send::handle_write() { initiate_send(); }
+
+bool dispatcher_with_send::writable() { return !connected || !out_buffer.empty(); }
+
+std::size_t dispatcher_with_send::send(std::string_view data) {
+    if (debug) log_info("sending " + asyncore::repr(data, "b"));
+    out_buffer += data;
+    initiate_send();
+    return data.size();
+}
+
+void close_all(map_type* map_, bool ignore_all) {
+    map_type& map = given(map_);
+    map_type::visit visit(map);
+    for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
+        dispatcher* obj = map.slots_[fd].object;
+        if (!obj) continue;
+        try {
+            obj->close();
+        } catch (const ExitNow&) {
+            throw;
+        } catch (const std::system_error& error) {
+            if (error.code() != std::errc::bad_file_descriptor && !ignore_all) throw;
+        } catch (...) {
+            if (!ignore_all) throw;
+        }
+    }
+    map.clear();
+}
+
+file_wrapper::file_wrapper(int fd) : socket_type(::fcntl(fd, F_DUPFD_CLOEXEC, 0)) {
+    if (fd_ < 0) raise(errno, "dup");
+}
+
+std::size_t file_wrapper::recv(char* buffer, std::size_t size, int) {
+    return checked(uninterrupted([&] { return ::read(fd_, buffer, size); }), "read");
+}
+
+std::size_t file_wrapper::send(std::string_view data, int) {
+    return checked(uninterrupted([&] { return ::write(fd_, data.data(), data.size()); }), "write");
+}
+
+int file_wrapper::getsockopt(int level, int option) const {
+    if (level == SOL_SOCKET && option == SO_ERROR) return 0;
+    throw NotImplementedError("Only asyncore specific behaviour implemented.");
+}
+
+file_dispatcher::file_dispatcher(int fd, map_type* map) : dispatcher(nullptr, map) {
+    connected = true;
+    set_file(fd);
+    set_nonblocking(fd, true);
+}
+
+void file_dispatcher::set_file(int fd) { set_socket(std::make_unique<file_wrapper>(fd)); }
+
+// ---------------------------------------------------------------------------------------------------------
+// trigger: not in asyncore.py
+// ---------------------------------------------------------------------------------------------------------
+
+static std::pair<socket_type, socket_type> make_pipe() {
+    int ends[2];
+    if (::pipe(ends) < 0) raise(errno, "pipe");
+    std::pair<socket_type, socket_type> result{socket_type(ends[0]), socket_type(ends[1])};
+    set_nonblocking(ends[1], true);
+    if (::fcntl(ends[1], F_SETFD, FD_CLOEXEC) < 0) raise(errno, "fcntl");
+    return result;
+}
+
+trigger::trigger(map_type* map) : trigger(make_pipe(), map) {}
+
+trigger::trigger(std::pair<socket_type, socket_type> pipe, map_type* map)
+    : file_dispatcher(pipe.first.fileno(), map), write_end_(std::move(pipe.second)) {}
+
+// A pipe that is full wakes the loop as well.
+void trigger::wake() noexcept { (void)!::write(write_end_.fileno(), "", 1); }
+
+void trigger::pull_trigger(std::function<void()> thunk) {
+    const std::lock_guard<std::mutex> guard(lock_);
+    if (thunk) thunks_.push_back(std::move(thunk));
+    wake();
+}
+
+void trigger::handle_read() {
+    recv(4096);
+    std::unique_lock<std::mutex> guard(lock_);
+    for (std::size_t left = thunks_.size(); left > 0; --left) {   // those that come meanwhile have their own pass
+        const auto thunk = std::move(thunks_.front());
+        thunks_.pop_front();
+        guard.unlock();
+        try {
+            thunk();
+        } catch (const ExitNow&) {
+            wake();
+            throw;
+        } catch (...) {
+            handle_error();
+        }
+        guard.lock();
+    }
+}
+
+void trigger::handle_error() { log_exception("uncaptured C++ exception in a thunk of"); }
+
+}   // namespace v1
+}   // namespace asyncore
+
+// ---------------------------------------------------------------------------------------------------------
+// asynchat
+// ---------------------------------------------------------------------------------------------------------
+
+namespace asynchat {
+inline namespace v1 {
+
+async_chat::async_chat(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map)
+    : dispatcher(std::move(sock), map) {}
+
+void async_chat::collect_incoming_data(std::string_view) {
+    throw asyncore::NotImplementedError("must be implemented in subclass");
+}
+
+void async_chat::_collect_incoming_data(std::string_view data) { incoming += data; }
+
+std::string async_chat::_get_data() { return std::exchange(incoming, {}); }
+
+void async_chat::found_terminator() { throw asyncore::NotImplementedError("must be implemented in subclass"); }
+
+void async_chat::set_terminator(std::string_view term) { terminator_.emplace<std::string>(term); }
+
+void async_chat::set_terminator(std::ptrdiff_t count) {
+    if (count < 0) throw std::invalid_argument("the number of received bytes must be positive");
+    terminator_ = static_cast<std::size_t>(count);
+}
+
+void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate(); }
+
+void async_chat::handle_read() {
+    using namespace asyncore;
+    if (held_back_) return;   // first what has come before
+    // What was left over goes in front of what is received, so that a terminator is always in one piece.
+    const std::string left(input_);
+    receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
+    left.copy(buffer.data(), left.size());
+    std::size_t received = 0;
+    try {
+        received = recv_into(buffer.data() + left.size(), ac_in_buffer_size);
+    } catch (const std::system_error& error) {
+        const int err = error.code().value();
+        if (err != EAGAIN && err != EWOULDBLOCK) handle_error();
+        return;
+    }
+    if (received == 0) return;
+    input_ = std::string_view(buffer.data(), left.size() + received);
+    consumed_ = 0;
+    try {
+        consume();
+    } catch (...) {
+        keep_input();
+        throw;
+    }
+    keep_input();
+}
+
+// Moves what is left of the input out of the loop's buffer.
+void async_chat::keep_input() {
+    if (!connected) input_ = {};
+    if (input_.empty() && kept_.capacity() > 1024) std::string().swap(kept_);
+    const std::string_view rest = std::exchange(input_, {});
+    kept_.assign(rest.data(), rest.size());
+    input_ = kept_;
+    consumed_ = 0;
+}
+
+// Cuts the input at the terminators.
+void async_chat::consume() {
+    held_back_ = false;
+    try {
+        // Python goes on when the session has been closed in between; here it stops.
+        bool more = true;
+        while (more && !input_.empty() && connected && !stalled()) more = consume_some();
+        held_back_ = more && !input_.empty();
+    } catch (...) {
+        held_back_ = !input_.empty();   // Python looks at it when more has come, if ever
+        throw;
+    }
+}
+
+namespace {
+
+// Where the needle is. Lines end all the time, so the first byte of the needle that is neither CR nor LF is looked for.
+// Where one is found in vain, no needle can have it before it, which rules out the next few bytes.
+std::size_t find_terminator(std::string_view haystack, std::string_view needle) {
+    const std::size_t other = needle.find_first_not_of("\r\n"), rarest = other == needle.npos ? 0 : other;
+    const char byte = needle[rarest];
+    for (std::size_t at = rarest; at < haystack.size(); at += rarest + 1) {
+        for (int near = 0; near < 4 && haystack[at] != byte; ++near)
+            if (++at == haystack.size()) return haystack.npos;
+        if (haystack[at] != byte && (at = haystack.find(byte, at)) == haystack.npos) break;
+        const std::size_t start = at - rarest;
+        if (rarest > 0 && haystack[at - 1] != needle[rarest - 1]) continue;
+        std::size_t same = rarest + 1;
+        while (same < needle.size() && start + same < haystack.size() && haystack[start + same] == needle[same]) ++same;
+        if (same == needle.size() && haystack.substr(start, rarest) == needle.substr(0, rarest)) return start;
+    }
+    return haystack.npos;
+}
+
+}   // namespace
+
+// One piece of input; false when the rest may be the beginning of a terminator.
+bool async_chat::consume_some() {
+    const auto take = [this](std::size_t size) {
+        consumed_ += size;
+        return std::exchange(input_, input_.substr(size)).substr(0, size);
+    };
+    if (auto* count = std::get_if<std::size_t>(&terminator_); count && *count > 0) {
+        const std::string_view data = take(std::min(*count, input_.size()));
+        const bool complete = *count == data.size();
+        *count -= data.size();
+        collect_incoming_data(data);
+        if (complete) found_terminator();
+        return true;
+    }
+    const auto* term = std::get_if<std::string>(&terminator_);
+    const std::size_t index = term && !term->empty() ? find_terminator(input_, *term) : input_.npos;
+    if (index != input_.npos) {
+        const std::string_view data = take(index + term->size()).substr(0, index);
+        if (!data.empty()) collect_incoming_data(data);
+        found_terminator();
+        return true;
+    }
+    const std::size_t prefix = term ? find_prefix_at_end(input_, *term) : 0;
+    if (input_.size() > prefix) collect_incoming_data(take(input_.size() - prefix));
+    return prefix == 0;
+}
+
+void async_chat::unread(std::string_view bytes) {
+    held_back_ = true;   // outside of a read event the loop comes for it
+    const std::string_view before(input_.data() - std::min(consumed_, bytes.size()), std::min(consumed_, bytes.size()));
+    if (before == bytes) {   // they stand in front of it still
+        input_ = {before.data(), before.size() + input_.size()};
+        consumed_ -= bytes.size();
+        return;
+    }
+    std::string rest(bytes);
+    rest += input_;
+    kept_ = std::move(rest);
+    input_ = kept_;
+    consumed_ = 0;
+}
+
+void async_chat::handle_write() { initiate_send(); }
+
+void async_chat::handle_close() { close(); }
+
+void async_chat::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
+    const bool replaced = connected;
+    while (send_some()) {}
+    if (replaced && !connected) return;   // it has been lost on the way
+    if (replaced && !producer_fifo.empty())
+        throw std::system_error(EAGAIN, std::generic_category(), "output for the old socket is still queued");
+    dispatcher::set_socket(std::move(sock), map);
+}
+
+void async_chat::handle_expt() {
+    char urgent;
+    try {
+        the_socket().recv(&urgent, 1, MSG_OOB);
+    } catch (const std::system_error&) {
+        // nothing urgent after all
+    }
+    dispatcher::handle_expt();
+}
+
+// Input that waited and may go on is overdue: the loop calls handle_timeout() at once. A paused session looks from time
+// to time whether its peer is still there, since it waits for no event.
+asyncore::clock::time_point async_chat::deadline() {
+    if (must_go_on()) return asyncore::at_once;
+    if (paused_) return look_again_at_;
+    return readable() && socket && socket->pending() ? asyncore::at_once : asyncore::never;
+}
+
+void async_chat::handle_timeout() {
+    if (must_go_on()) return consume();
+    if (!paused_) return socket && socket->pending() ? handle_read_event() : dispatcher::handle_timeout();
+    pollfd gone{_fileno, 0, 0};   // asks for no event, but is told of a reset or a hang-up
+    if (::poll(&gone, 1, 0) > 0) return handle_close();
+    look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
+}
+
+void async_chat::pause() {
+    paused_ = true;
+    look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
+}
+
+std::size_t async_chat::queued() const {
+    std::size_t size = 0;
+    for (const auto& item : producer_fifo)
+        if (const auto* text = std::get_if<std::string>(&item)) size += text->size();
+    return size - std::min(size, sent_);
+}
+
+void async_chat::push(std::string_view data) {
+    queue(data);
+    initiate_send();
+}
+
+// Puts text into the last item, in pieces of ac_out_buffer_size. An item that send() has in hand is left alone.
+void async_chat::queue(std::string_view data) {
+    while (!data.empty()) {
+        auto* last =
+            producer_fifo.size() <= (sending_ ? 1 : 0) ? nullptr : std::get_if<std::string>(&producer_fifo.back());
+        if (!last || last->size() >= ac_out_buffer_size)
+            last = &std::get<std::string>(producer_fifo.emplace_back(std::exchange(spare_, {})));
+        const auto piece = data.substr(0, ac_out_buffer_size - last->size());
+        last->append(piece);
+        data.remove_prefix(piece.size());
+    }
+}
+
+void async_chat::push_with_producer(std::shared_ptr<producer> source) {
+    producer_fifo.emplace_back(std::move(source));
+    initiate_send();
+}
+
+bool async_chat::readable() { return !stalled() && !held_back_; }
+
+bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
+
+void async_chat::close_when_done() { producer_fifo.emplace_back(close_mark{}); }
+
+void async_chat::initiate_send() { send_some(); }
+
+// One send() a call, as in Python; but what needs none is done at once: a producer that has come to its end goes, and a
+// close that only waited for this is done. True: an item is gone, and there may be more that can be sent.
+bool async_chat::send_some() {
+    if (sending_) return false;   // a send() or a producer that pushes
+    struct busy {
+        bool& flag;
+        explicit busy(bool& f) : flag(f) { flag = true; }
+        ~busy() { flag = false; }
+    } busy(sending_);
+    bool sent = false;
+    while (!producer_fifo.empty() && connected) {
+        if (std::holds_alternative<close_mark>(producer_fifo.front())) {
+            producer_fifo.pop_front();
+            handle_close();
+            return false;
+        }
+        if (std::holds_alternative<std::string>(producer_fifo.front())) {
+            if (sent) return true;
+            if (!send_first()) return false;
+            sent = true;
+        } else {
+            refill();
+        }
+    }
+    return false;
+}
+
+// Sends from the first item, which is a string. False: there is more of it. A send() that is overridden may push,
+// close, or discard the queue; so the text is taken out meanwhile, and an empty string keeps its place.
+bool async_chat::send_first() {
+    std::string text = std::exchange(std::get<std::string>(producer_fifo.front()), {});
+    const std::size_t size = text.size();
+    const auto put_back = [this, &text] {
+        if (!sending_ || producer_fifo.empty() || !std::holds_alternative<std::string>(producer_fifo.front()))
+            return false;   // the queue has been discarded
+        std::get<std::string>(producer_fifo.front()) = std::move(text);
+        return true;
+    };
+    std::size_t taken = 0;
+    try {
+        taken = send(std::string_view(text).substr(sent_, ac_out_buffer_size));
+    } catch (const std::system_error&) {
+        put_back();
+        handle_error();
+        return false;
+    } catch (...) {
+        put_back();
+        throw;
+    }
+    if (!put_back()) return false;
+    sent_ += taken;
+    if (sent_ < size) return false;
+    spare_ = std::move(std::get<std::string>(producer_fifo.front()));
+    spare_.clear();
+    if (spare_.capacity() > 1024) spare_ = {};
+    producer_fifo.pop_front();
+    sent_ = 0;
+    return true;
+}
+
+// Asks the first producer for its next piece and queues that in front of it. more() may discard the queue, so the
+// producer is held, and the queue looked at again afterwards.
+void async_chat::refill() {
+    const auto source = std::get<std::shared_ptr<producer>>(producer_fifo.front());
+    std::string data = source->more();
+    auto* first = producer_fifo.empty() ? nullptr : std::get_if<std::shared_ptr<producer>>(&producer_fifo.front());
+    if (!first || *first != source) return;
+    if (data.empty())
+        producer_fifo.pop_front();
+    else
+        producer_fifo.emplace_front(std::move(data));
+}
+
+void async_chat::discard_input() {
+    input_ = {};
+    kept_.clear();
+    incoming.clear();
+    consumed_ = 0;
+    held_back_ = false;
+}
+
+void async_chat::discard_buffers() {
+    discard_input();
+    producer_fifo.clear();
+    sent_ = 0;
+    sending_ = false;
+}
+
+simple_producer::simple_producer(std::string data, std::size_t buffer_size)
+    : data_(std::move(data)), buffer_size_(buffer_size) {}
+
+std::string simple_producer::more() {
+    std::string result = data_.substr(sent_, buffer_size_);
+    sent_ += result.size();
+    return result;
+}
+
+std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needle) {
+    if (needle.empty()) return 0;
+    std::size_t length = std::min(needle.size() - 1, haystack.size());
+    while (length > 0 && haystack.substr(haystack.size() - length) != needle.substr(0, length)) --length;
+    return length;
+}
+
+}   // namespace v1
+}   // namespace asynchat
+
+// ---------------------------------------------------------------------------------------------------------
+// What Python has built in, or imports: repr(), addresses and sockets, and the map, which is a dict there
+// ---------------------------------------------------------------------------------------------------------
+
+namespace asyncore {
+inline namespace v1 {
+
+namespace {
+
 #ifdef MSG_NOSIGNAL
 constexpr int no_signal = MSG_NOSIGNAL;
 #else
@@ -108,13 +1035,6 @@ socklen_t to_sockaddr(const address& addr, const socket_type& sock, sockaddr_sto
 }
 
 }   // namespace
-
-bool DISCONNECTED(int err) noexcept {
-    return err == ECONNRESET || err == ENOTCONN || err == ESHUTDOWN || err == ECONNABORTED || err == EPIPE ||
-           err == EBADF;
-}
-
-std::string _strerror(int err) { return std::generic_category().message(err); }
 
 std::string repr(std::string_view bytes, std::string_view prefix) {
     const bool apostrophe = bytes.find('\'') != bytes.npos && bytes.find('"') == bytes.npos;
@@ -408,575 +1328,6 @@ map_type& default_socket_map() {
     return map;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// The loop
-// ---------------------------------------------------------------------------------------------------------
-
-namespace {
-
-map_type& given(map_type* map) { return map ? *map : default_socket_map(); }
-
-// The one place where what a handler throws is caught.
-void deliver(dispatcher& obj, void (dispatcher::*event)()) {
-    try {
-        (obj.*event)();
-    } catch (const ExitNow&) {
-        throw;
-    } catch (...) {
-        obj.handle_error();
-    }
-}
-
-}   // namespace
-
-void read(dispatcher& obj) { deliver(obj, &dispatcher::handle_read_event); }
-
-void write(dispatcher& obj) { deliver(obj, &dispatcher::handle_write_event); }
-
-void _exception(dispatcher& obj) { deliver(obj, &dispatcher::handle_expt_event); }
-
-void readwrite(dispatcher& obj, short flags) {
-    // Python does not look again between the steps; here an object that one step closed is left alone.
-    const map_type& map = *obj._map;
-    const int fd = obj._fileno;
-    const auto registration = map.get(fd) == &obj ? map.registration(fd) : 0;
-    const auto gone = [&] { return registration != 0 && map.registration(fd) != registration; };
-    try {
-        if (flags & POLLIN) obj.handle_read_event();
-        if (flags & POLLOUT && !gone()) obj.handle_write_event();
-        if (flags & POLLPRI && !gone()) obj.handle_expt_event();
-        // Python closes at once, and what is still to be read is lost; here reading finds the end.
-        if (flags & (POLLHUP | POLLERR | POLLNVAL) && !(flags & POLLIN) && !gone()) obj.handle_close();
-    } catch (const ExitNow&) {
-        throw;
-    } catch (const std::system_error& error) {
-        if (gone()) return;
-        if (error.code().category() == std::generic_category() && DISCONNECTED(error.code().value()))
-            deliver(obj, &dispatcher::handle_close);
-        else
-            obj.handle_error();
-    } catch (...) {
-        obj.handle_error();
-    }
-}
-
-// While the map is visited, what closes is not destroyed.
-struct map_type::visit {
-    map_type& map;
-
-    explicit visit(map_type& m) : map(m) { ++map.depth_; }
-    ~visit() {
-        --map.depth_;
-        map.bury_the_dead();
-    }
-    visit(const visit&) = delete;
-    visit& operator=(const visit&) = delete;
-};
-
-// One pass over a map: who waits for what, and until when.
-struct map_type::pass : visit {
-    std::vector<pollfd> wanted;   // in the order of descriptors
-    std::uint64_t newest = 0;     // the last registration that was asked
-    clock::time_point nearest = clock::time_point::max();
-    clock::time_point woken{};
-
-    explicit pass(map_type& m) : visit(m) {
-        wanted.swap(map.wanted_);
-        wanted.clear();
-    }
-
-    ~pass() { wanted.swap(map.wanted_); }
-
-    void collect() {
-        newest = map.registrations_;   // who registers from now on is a newcomer
-        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-            const slot asked = map.slots_[fd];
-            if (!asked.object) continue;
-            short events = 0;
-            if (asked.object->readable()) events |= POLLIN | POLLPRI;
-            if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
-            const auto due = asked.object->deadline();
-            if (map.registration(static_cast<int>(fd)) != asked.registration) continue;   // closed by one of the three
-            nearest = std::min(nearest, due);
-            if (events == 0) continue;
-            try {
-                wanted.push_back({static_cast<int>(fd), events, 0});
-            } catch (const std::bad_alloc&) {
-                // Those that there is room for have their turn; the others soon.
-                nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
-                return;
-            }
-        }
-    }
-
-    // Waits for `timeout` seconds, or until the nearest deadline, by calling sleep(microseconds; < 0: for
-    // ever) until no signal interrupts it.
-    template <typename Wait>
-    void wait(std::optional<double> timeout, Wait sleep) {
-        using namespace std::chrono;
-        constexpr double for_ever = 1e9;   // 31 years
-        constexpr hours longest(24);       // macOS refuses to wait for more than 100,000,000 s
-        auto until = nearest;
-        if (timeout && *timeout < for_ever)
-            until = std::min(until, clock::now() + duration_cast<clock::duration>(duration<double>(*timeout)));
-        for (;;) {
-            microseconds left{-1};
-            if (until != clock::time_point::max()) {
-                const auto now = clock::now();
-                left = until <= now ? left.zero() : ceil<microseconds>(std::min<clock::duration>(until - now, longest));
-            }
-            const int ready = sleep(left);
-            const int err = errno;
-            woken = clock::now();
-            if (ready > 0 || (ready == 0 && woken >= until)) return;
-            if (ready == 0) continue;
-            if (err == EAGAIN || err == ENOMEM) {
-                // Python: the loop ends. The system is short of something, and may have it again soon.
-                const timespec moment{0, 10000000};
-                ::nanosleep(&moment, nullptr);
-            } else if (err != EINTR && !(err == EBADF && drop_closed())) {
-                raise(err, "poll");
-            }
-        }
-    }
-
-    // Forgets those that another one's readable(), writable() or deadline() has closed. Python: the loop ends.
-    bool drop_closed() {
-        const auto closed = [this](const pollfd& want) { return !object_for(want); };
-        const auto kept = std::remove_if(wanted.begin(), wanted.end(), closed);
-        const bool any = kept != wanted.end();
-        wanted.erase(kept, wanted.end());
-        return any;
-    }
-
-    // The object that an event was collected for; null if it has closed since, even if its descriptor is in use again.
-    dispatcher* object_for(const pollfd& want) const {
-        return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
-    }
-
-    void select(std::optional<double> timeout) {
-        fd_set r, w, e;
-        int left_to_do = 0;
-        wait(timeout, [&](std::chrono::microseconds left) {
-            FD_ZERO(&r);
-            FD_ZERO(&w);
-            FD_ZERO(&e);
-            for (const auto& want : wanted) {
-                if (want.events & POLLIN) FD_SET(want.fd, &r);
-                if (want.events & POLLOUT) FD_SET(want.fd, &w);
-                FD_SET(want.fd, &e);
-            }
-            timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
-                       static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
-            return left_to_do = ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
-        });
-        const auto deliver_to = [&](const fd_set& ready, void (*event)(dispatcher&)) {
-            for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
-                if (!FD_ISSET(wanted[i].fd, &ready)) continue;
-                --left_to_do;
-                if (dispatcher* obj = object_for(wanted[i])) event(*obj);
-            }
-        };
-        deliver_to(r, asyncore::read);
-        deliver_to(w, asyncore::write);
-        deliver_to(e, asyncore::_exception);
-    }
-
-    void poll(std::optional<double> timeout) {
-        int left_to_do = 0;
-        wait(timeout, [&](std::chrono::microseconds left) {
-            const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
-            return left_to_do = ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
-        });
-        for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
-            if (wanted[i].revents == 0) continue;
-            --left_to_do;
-            if (dispatcher* obj = object_for(wanted[i])) readwrite(*obj, wanted[i].revents);
-        }
-    }
-
-    int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
-
-    // Timeouts are judged by the time at which the wait ended, so that a slow handler does not make other objects time
-    // out.
-    void expire() {
-        if (nearest > woken) return;
-        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-            dispatcher* obj = map.slots_[fd].object;
-            if (obj && obj->deadline() <= woken) deliver(*obj, &dispatcher::handle_timeout);
-        }
-    }
-};
-
-void poll(std::optional<double> timeout, map_type* map_) {
-    map_type& map = given(map_);
-    if (timeout && !(*timeout >= 0)) throw std::invalid_argument("timeout must be non-negative");
-    if (map.empty()) return;
-    map_type::pass pass(map);
-    pass.collect();
-    if (pass.highest() < FD_SETSIZE)
-        pass.select(timeout);
-    else
-        pass.poll(timeout);   // Python: the loop ends with ValueError
-    pass.expire();
-}
-
-void poll2(std::optional<double> timeout, map_type* map_) {
-    map_type& map = given(map_);
-    if (map.empty()) return;
-    map_type::pass pass(map);
-    pass.collect();
-    pass.poll(timeout && *timeout >= 0 ? timeout : std::nullopt);
-    pass.expire();
-}
-
-void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
-    map_type& map = given(map_);
-    while (!map.empty() && count.value_or(1) > 0) {
-        if (use_poll)
-            poll2(timeout, &map);
-        else
-            poll(timeout, &map);
-        if (count) --*count;
-    }
-}
-
-void close_all(map_type* map_, bool ignore_all) {
-    map_type& map = given(map_);
-    map_type::visit visit(map);
-    for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-        dispatcher* obj = map.slots_[fd].object;
-        if (!obj) continue;
-        try {
-            obj->close();
-        } catch (const ExitNow&) {
-            throw;
-        } catch (const std::system_error& error) {
-            if (error.code() != std::errc::bad_file_descriptor && !ignore_all) throw;
-        } catch (...) {
-            if (!ignore_all) throw;
-        }
-    }
-    map.clear();
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// dispatcher
-// ---------------------------------------------------------------------------------------------------------
-
-dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(&given(map)) {
-    if (!sock) return;
-    sock->setblocking(false);
-    try {
-        addr = sock->getpeername();
-        connected = true;
-    } catch (const std::system_error& error) {
-        // A socket that is not connected may be given as well.
-        if (error.code().value() != ENOTCONN && error.code().value() != EINVAL) throw;
-    }
-    socket = std::move(sock);
-    _fileno = socket->fileno();
-    _map->add(_fileno, *this);   // last: nothing can fail after it
-}
-
-dispatcher::~dispatcher() { _map->remove(_fileno, *this); }
-
-std::string dispatcher::repr() const {
-    std::string text = "<" + class_name();
-    if (accepting && !addr.none())
-        text += " listening";
-    else if (connected)
-        text += " connected";
-    if (!addr.none()) text += " " + addr.str();
-    char id[32];
-    std::snprintf(id, sizeof id, " at %#zx>", reinterpret_cast<std::size_t>(this));
-    return text + id;
-}
-
-void dispatcher::add_channel(map_type* map) { (map ? map : _map)->add(_fileno, *this); }
-
-void dispatcher::del_channel(map_type* map) {
-    (map ? map : _map)->remove(_fileno, *this);
-    _fileno = -1;
-}
-
-void dispatcher::create_socket(int family, int type) {
-    family_and_type = {family, type};
-    set_socket(make_socket(family, type));
-}
-
-std::unique_ptr<socket_type> dispatcher::make_socket(int family, int type) {
-    return std::make_unique<socket_type>(family, type);
-}
-
-socket_type& dispatcher::the_socket() const {
-    if (!socket) throw std::logic_error("the dispatcher has no socket");
-    return *socket;
-}
-
-void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
-    if (!sock) throw std::invalid_argument("there is no socket to set");
-    _map->remove(_fileno, *this);   // a socket that is replaced takes its registration along
-    socket = std::move(sock);
-    _fileno = socket->fileno();
-    add_channel(map);
-}
-
-void dispatcher::set_reuse_addr() {
-    try {
-        the_socket().setsockopt(SOL_SOCKET, SO_REUSEADDR, socket->getsockopt(SOL_SOCKET, SO_REUSEADDR) | 1);
-    } catch (const std::system_error&) {
-        // a server without it can do its work
-    }
-}
-
-void dispatcher::listen(int num) {
-    accepting = true;
-    the_socket().listen(num);
-}
-
-void dispatcher::bind(const address& address) {
-    addr = address;
-    the_socket().bind(address);
-}
-
-void dispatcher::connect(const address& address) {
-    connected = false;
-    connecting = true;
-    const int err = the_socket().connect_ex(address);
-    if (err != 0 && err != EISCONN && err != EINPROGRESS && err != EALREADY && !would_block(err)) raise(err, "connect");
-    addr = address;
-    if (err == 0 || err == EISCONN) handle_connect_event();
-}
-
-std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::accept() {
-    auto pair = the_socket().accept();
-    if (!pair.first) return std::nullopt;
-    return pair;
-}
-
-std::size_t dispatcher::send(std::string_view data) {
-    try {
-        return the_socket().send(data);
-    } catch (const std::system_error& error) {
-        if (would_block(error.code().value())) return 0;
-        if (!DISCONNECTED(error.code().value())) throw;
-    }
-    handle_close();
-    return 0;
-}
-
-std::string dispatcher::recv(std::size_t buffer_size) {
-    receive_buffer buffer(*_map, buffer_size);
-    return std::string(buffer.data(), recv_into(buffer.data(), buffer_size));
-}
-
-std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
-    try {
-        const std::size_t received = the_socket().recv(buffer, size);
-        if (received > 0) return received;
-    } catch (const std::system_error& error) {
-        if (!DISCONNECTED(error.code().value())) throw;
-    }
-    handle_close();
-    return 0;
-}
-
-void dispatcher::close() {
-    connected = accepting = connecting = false;
-    del_channel();
-    if (owned_) {
-        owned_ = false;
-        _map->graveyard_.splice(_map->graveyard_.end(), _map->owned_, self_);
-    }
-    if (!socket) return;
-    try {
-        socket->close();
-    } catch (const std::system_error& error) {
-        if (error.code().value() != ENOTCONN && error.code().value() != EBADF) throw;
-    }
-}
-
-void dispatcher::log(std::string_view message) { std::cerr << "log: " << message << '\n'; }
-
-void dispatcher::log_info(std::string_view message, std::string_view type) {
-    if (std::find(ignore_log_types.begin(), ignore_log_types.end(), type) != ignore_log_types.end()) return;
-    if (log_handler) return log_handler(message, type);
-    std::cout << type << ": " << message << std::endl;
-}
-
-void dispatcher::handle_read_event() {
-    if (accepting) return handle_accept();
-    if (!connected && connecting) handle_connect_event();
-    handle_read();
-}
-
-void dispatcher::handle_connect_event() {
-    const int err = the_socket().getsockopt(SOL_SOCKET, SO_ERROR);
-    if (err != 0) raise(err, "connect");
-    handle_connect();
-    connected = true;
-    connecting = false;
-}
-
-void dispatcher::handle_write_event() {
-    if (accepting) return;   // a listener has nothing to write
-    if (!connected && connecting) handle_connect_event();
-    handle_write();
-}
-
-void dispatcher::handle_expt_event() {
-    // An exceptional condition is an error of the socket, or an urgent byte.
-    if (the_socket().getsockopt(SOL_SOCKET, SO_ERROR) != 0)
-        handle_close();
-    else
-        handle_expt();
-}
-
-std::string dispatcher::current_exception_text() {
-    std::string type = "unknown exception", what;
-    try {
-        throw;
-    } catch (const std::system_error& e) {
-        type = "std::system_error", what = e.what();
-    } catch (const std::bad_alloc& e) {
-        type = "std::bad_alloc", what = e.what();
-    } catch (const std::logic_error& e) {
-        type = "std::logic_error", what = e.what();
-    } catch (const std::runtime_error& e) {
-        type = "std::runtime_error", what = e.what();
-    } catch (const std::exception& e) {
-        type = "std::exception", what = e.what();
-    } catch (...) {}
-    const std::string quoted = asyncore::repr(what);   // it may carry a stranger's bytes
-    return type + ":" + quoted.substr(1, quoted.size() - 2);
-}
-
-void dispatcher::log_exception(std::string_view what) {
-    quietly([&] { log_info(std::string(what) + " " + repr() + " (" + current_exception_text() + ")", "error"); });
-}
-
-void dispatcher::handle_error() {
-    log_exception("uncaptured C++ exception, closing channel");
-    // Python: what fails in here ends the loop; here the connection is all that is lost.
-    if (!quietly([this] { handle_close(); }) && !quietly([this] { close(); })) quietly([this] { dispatcher::close(); });
-}
-
-void dispatcher::handle_expt() { log_info("unhandled incoming priority event", "warning"); }
-
-void dispatcher::handle_read() { log_info("unhandled read event", "warning"); }
-
-void dispatcher::handle_write() { log_info("unhandled write event", "warning"); }
-
-void dispatcher::handle_connect() { log_info("unhandled connect event", "warning"); }
-
-void dispatcher::handle_accept() {
-    if (auto pair = accept()) handle_accepted(std::move(pair->first), pair->second);
-}
-
-void dispatcher::handle_accepted(std::unique_ptr<socket_type> sock, const address&) {
-    sock->close();
-    log_info("unhandled accepted event", "warning");
-}
-
-void dispatcher::handle_close() {
-    log_info("unhandled close event", "warning");
-    close();
-}
-
-void dispatcher::handle_timeout() {
-    log_info("unhandled timeout event", "warning");
-    close();
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// dispatcher_with_send, file_wrapper, file_dispatcher
-// ---------------------------------------------------------------------------------------------------------
-
-void dispatcher_with_send::initiate_send() {
-    out_buffer.erase(0, dispatcher::send(std::string_view(out_buffer).substr(0, 65536)));
-}
-
-void dispatcher_with_send::handle_write() { initiate_send(); }
-
-bool dispatcher_with_send::writable() { return !connected || !out_buffer.empty(); }
-
-std::size_t dispatcher_with_send::send(std::string_view data) {
-    if (debug) log_info("sending " + asyncore::repr(data, "b"));
-    out_buffer += data;
-    initiate_send();
-    return data.size();
-}
-
-file_wrapper::file_wrapper(int fd) : socket_type(::fcntl(fd, F_DUPFD_CLOEXEC, 0)) {
-    if (fd_ < 0) raise(errno, "dup");
-}
-
-std::size_t file_wrapper::recv(char* buffer, std::size_t size, int) {
-    return checked(uninterrupted([&] { return ::read(fd_, buffer, size); }), "read");
-}
-
-std::size_t file_wrapper::send(std::string_view data, int) {
-    return checked(uninterrupted([&] { return ::write(fd_, data.data(), data.size()); }), "write");
-}
-
-int file_wrapper::getsockopt(int level, int option) const {
-    if (level == SOL_SOCKET && option == SO_ERROR) return 0;
-    throw NotImplementedError("Only asyncore specific behaviour implemented.");
-}
-
-file_dispatcher::file_dispatcher(int fd, map_type* map) : dispatcher(nullptr, map) {
-    connected = true;
-    set_file(fd);
-    set_nonblocking(fd, true);
-}
-
-void file_dispatcher::set_file(int fd) { set_socket(std::make_unique<file_wrapper>(fd)); }
-
-static std::pair<socket_type, socket_type> make_pipe() {
-    int ends[2];
-    if (::pipe(ends) < 0) raise(errno, "pipe");
-    std::pair<socket_type, socket_type> result{socket_type(ends[0]), socket_type(ends[1])};
-    set_nonblocking(ends[1], true);
-    if (::fcntl(ends[1], F_SETFD, FD_CLOEXEC) < 0) raise(errno, "fcntl");
-    return result;
-}
-
-trigger::trigger(map_type* map) : trigger(make_pipe(), map) {}
-
-trigger::trigger(std::pair<socket_type, socket_type> pipe, map_type* map)
-    : file_dispatcher(pipe.first.fileno(), map), write_end_(std::move(pipe.second)) {}
-
-// A pipe that is full wakes the loop as well.
-void trigger::wake() noexcept { (void)!::write(write_end_.fileno(), "", 1); }
-
-void trigger::pull_trigger(std::function<void()> thunk) {
-    const std::lock_guard<std::mutex> guard(lock_);
-    if (thunk) thunks_.push_back(std::move(thunk));
-    wake();
-}
-
-void trigger::handle_read() {
-    recv(4096);
-    std::unique_lock<std::mutex> guard(lock_);
-    for (std::size_t left = thunks_.size(); left > 0; --left) {   // those that come meanwhile have their own pass
-        const auto thunk = std::move(thunks_.front());
-        thunks_.pop_front();
-        guard.unlock();
-        try {
-            thunk();
-        } catch (const ExitNow&) {
-            wake();
-            throw;
-        } catch (...) {
-            handle_error();
-        }
-        guard.lock();
-    }
-}
-
-void trigger::handle_error() { log_exception("uncaptured C++ exception in a thunk of"); }
-
 receive_buffer::receive_buffer(map_type& map, std::size_t size)
     : map_(map), data_(std::move(map.buffer_)), size_(std::exchange(map.buffer_size_, 0)) {
     if (size_ >= size) return;
@@ -992,336 +1343,3 @@ receive_buffer::~receive_buffer() {
 
 }   // namespace v1
 }   // namespace asyncore
-
-// ---------------------------------------------------------------------------------------------------------
-// asynchat
-// ---------------------------------------------------------------------------------------------------------
-
-namespace asynchat {
-inline namespace v1 {
-
-simple_producer::simple_producer(std::string data, std::size_t buffer_size)
-    : data_(std::move(data)), buffer_size_(buffer_size) {}
-
-std::string simple_producer::more() {
-    std::string result = data_.substr(sent_, buffer_size_);
-    sent_ += result.size();
-    return result;
-}
-
-std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needle) {
-    if (needle.empty()) return 0;
-    std::size_t length = std::min(needle.size() - 1, haystack.size());
-    while (length > 0 && haystack.substr(haystack.size() - length) != needle.substr(0, length)) --length;
-    return length;
-}
-
-async_chat::async_chat(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map)
-    : dispatcher(std::move(sock), map) {}
-
-void async_chat::collect_incoming_data(std::string_view) {
-    throw asyncore::NotImplementedError("must be implemented in subclass");
-}
-
-void async_chat::_collect_incoming_data(std::string_view data) { incoming += data; }
-
-std::string async_chat::_get_data() { return std::exchange(incoming, {}); }
-
-void async_chat::found_terminator() { throw asyncore::NotImplementedError("must be implemented in subclass"); }
-
-void async_chat::set_terminator(std::string_view term) { terminator_.emplace<std::string>(term); }
-
-void async_chat::set_terminator(std::ptrdiff_t count) {
-    if (count < 0) throw std::invalid_argument("the number of received bytes must be positive");
-    terminator_ = static_cast<std::size_t>(count);
-}
-
-void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate(); }
-
-void async_chat::handle_read() {
-    using namespace asyncore;
-    if (held_back_) return;   // first what has come before
-    // What was left over goes in front of what is received, so that a terminator is always in one piece.
-    const std::string left(input_);
-    receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
-    left.copy(buffer.data(), left.size());
-    std::size_t received = 0;
-    try {
-        received = recv_into(buffer.data() + left.size(), ac_in_buffer_size);
-    } catch (const std::system_error& error) {
-        const int err = error.code().value();
-        if (err != EAGAIN && err != EWOULDBLOCK) handle_error();
-        return;
-    }
-    if (received == 0) return;
-    input_ = std::string_view(buffer.data(), left.size() + received);
-    consumed_ = 0;
-    try {
-        consume();
-    } catch (...) {
-        keep_input();
-        throw;
-    }
-    keep_input();
-}
-
-// Moves what is left of the input out of the loop's buffer.
-void async_chat::keep_input() {
-    if (!connected) input_ = {};
-    if (input_.empty() && kept_.capacity() > 1024) std::string().swap(kept_);
-    const std::string_view rest = std::exchange(input_, {});
-    kept_.assign(rest.data(), rest.size());
-    input_ = kept_;
-    consumed_ = 0;
-}
-
-// Cuts the input at the terminators.
-void async_chat::consume() {
-    held_back_ = false;
-    try {
-        // Python goes on when the session has been closed in between; here it stops.
-        bool more = true;
-        while (more && !input_.empty() && connected && !stalled()) more = consume_some();
-        held_back_ = more && !input_.empty();
-    } catch (...) {
-        held_back_ = !input_.empty();   // Python looks at it when more has come, if ever
-        throw;
-    }
-}
-
-namespace {
-
-// Where the needle is. Lines end all the time, so the first byte of the needle that is neither CR nor LF is looked for.
-// Where one is found in vain, no needle can have it before it, which rules out the next few bytes.
-std::size_t find_terminator(std::string_view haystack, std::string_view needle) {
-    const std::size_t other = needle.find_first_not_of("\r\n"), rarest = other == needle.npos ? 0 : other;
-    const char byte = needle[rarest];
-    for (std::size_t at = rarest; at < haystack.size(); at += rarest + 1) {
-        for (int near = 0; near < 4 && haystack[at] != byte; ++near)
-            if (++at == haystack.size()) return haystack.npos;
-        if (haystack[at] != byte && (at = haystack.find(byte, at)) == haystack.npos) break;
-        const std::size_t start = at - rarest;
-        if (rarest > 0 && haystack[at - 1] != needle[rarest - 1]) continue;
-        std::size_t same = rarest + 1;
-        while (same < needle.size() && start + same < haystack.size() && haystack[start + same] == needle[same]) ++same;
-        if (same == needle.size() && haystack.substr(start, rarest) == needle.substr(0, rarest)) return start;
-    }
-    return haystack.npos;
-}
-
-}   // namespace
-
-// One piece of input; false when the rest may be the beginning of a terminator.
-bool async_chat::consume_some() {
-    const auto take = [this](std::size_t size) {
-        consumed_ += size;
-        return std::exchange(input_, input_.substr(size)).substr(0, size);
-    };
-    if (auto* count = std::get_if<std::size_t>(&terminator_); count && *count > 0) {
-        const std::string_view data = take(std::min(*count, input_.size()));
-        const bool complete = *count == data.size();
-        *count -= data.size();
-        collect_incoming_data(data);
-        if (complete) found_terminator();
-        return true;
-    }
-    const auto* term = std::get_if<std::string>(&terminator_);
-    const std::size_t index = term && !term->empty() ? find_terminator(input_, *term) : input_.npos;
-    if (index != input_.npos) {
-        const std::string_view data = take(index + term->size()).substr(0, index);
-        if (!data.empty()) collect_incoming_data(data);
-        found_terminator();
-        return true;
-    }
-    const std::size_t prefix = term ? find_prefix_at_end(input_, *term) : 0;
-    if (input_.size() > prefix) collect_incoming_data(take(input_.size() - prefix));
-    return prefix == 0;
-}
-
-void async_chat::unread(std::string_view bytes) {
-    held_back_ = true;   // outside of a read event the loop comes for it
-    const std::string_view before(input_.data() - std::min(consumed_, bytes.size()), std::min(consumed_, bytes.size()));
-    if (before == bytes) {   // they stand in front of it still
-        input_ = {before.data(), before.size() + input_.size()};
-        consumed_ -= bytes.size();
-        return;
-    }
-    std::string rest(bytes);
-    rest += input_;
-    kept_ = std::move(rest);
-    input_ = kept_;
-    consumed_ = 0;
-}
-
-void async_chat::handle_write() { initiate_send(); }
-
-void async_chat::handle_close() { close(); }
-
-void async_chat::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
-    const bool replaced = connected;
-    while (send_some()) {}
-    if (replaced && !connected) return;   // it has been lost on the way
-    if (replaced && !producer_fifo.empty())
-        throw std::system_error(EAGAIN, std::generic_category(), "output for the old socket is still queued");
-    dispatcher::set_socket(std::move(sock), map);
-}
-
-void async_chat::handle_expt() {
-    char urgent;
-    try {
-        the_socket().recv(&urgent, 1, MSG_OOB);
-    } catch (const std::system_error&) {
-        // nothing urgent after all
-    }
-    dispatcher::handle_expt();
-}
-
-// Input that waited and may go on is overdue: the loop calls handle_timeout() at once. A paused session looks from time
-// to time whether its peer is still there, since it waits for no event.
-asyncore::clock::time_point async_chat::deadline() {
-    if (must_go_on()) return asyncore::at_once;
-    if (paused_) return look_again_at_;
-    return readable() && socket && socket->pending() ? asyncore::at_once : asyncore::never;
-}
-
-void async_chat::handle_timeout() {
-    if (must_go_on()) return consume();
-    if (!paused_) return socket && socket->pending() ? handle_read_event() : dispatcher::handle_timeout();
-    pollfd gone{_fileno, 0, 0};   // asks for no event, but is told of a reset or a hang-up
-    if (::poll(&gone, 1, 0) > 0) return handle_close();
-    look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
-}
-
-void async_chat::pause() {
-    paused_ = true;
-    look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
-}
-
-std::size_t async_chat::queued() const {
-    std::size_t size = 0;
-    for (const auto& item : producer_fifo)
-        if (const auto* text = std::get_if<std::string>(&item)) size += text->size();
-    return size - std::min(size, sent_);
-}
-
-void async_chat::push(std::string_view data) {
-    queue(data);
-    initiate_send();
-}
-
-// Puts text into the last item, in pieces of ac_out_buffer_size. An item that send() has in hand is left alone.
-void async_chat::queue(std::string_view data) {
-    while (!data.empty()) {
-        auto* last = producer_fifo.size() <= (sending_ ? 1 : 0) ? nullptr
-                                                                : std::get_if<std::string>(&producer_fifo.back());
-        if (!last || last->size() >= ac_out_buffer_size)
-            last = &std::get<std::string>(producer_fifo.emplace_back(std::exchange(spare_, {})));
-        const auto piece = data.substr(0, ac_out_buffer_size - last->size());
-        last->append(piece);
-        data.remove_prefix(piece.size());
-    }
-}
-
-void async_chat::push_with_producer(std::shared_ptr<producer> source) {
-    producer_fifo.emplace_back(std::move(source));
-    initiate_send();
-}
-
-bool async_chat::readable() { return !stalled() && !held_back_; }
-
-bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
-
-void async_chat::close_when_done() { producer_fifo.emplace_back(close_mark{}); }
-
-void async_chat::initiate_send() { send_some(); }
-
-// One send() a call, as in Python; but what needs none is done at once: a producer that has come to its end goes, and a
-// close that only waited for this is done. True: an item is gone, and there may be more that can be sent.
-bool async_chat::send_some() {
-    if (sending_) return false;   // a send() or a producer that pushes
-    struct busy {
-        bool& flag;
-        explicit busy(bool& f) : flag(f) { flag = true; }
-        ~busy() { flag = false; }
-    } busy(sending_);
-    bool sent = false;
-    while (!producer_fifo.empty() && connected) {
-        if (std::holds_alternative<close_mark>(producer_fifo.front())) {
-            producer_fifo.pop_front();
-            handle_close();
-            return false;
-        }
-        if (std::holds_alternative<std::string>(producer_fifo.front())) {
-            if (sent) return true;
-            if (!send_first()) return false;
-            sent = true;
-        } else {
-            refill();
-        }
-    }
-    return false;
-}
-
-// Sends from the first item, which is a string. False: there is more of it. A send() that is overridden may push, close,
-// or discard the queue; so the text is taken out meanwhile, and an empty string keeps its place.
-bool async_chat::send_first() {
-    std::string text = std::exchange(std::get<std::string>(producer_fifo.front()), {});
-    const std::size_t size = text.size();
-    const auto put_back = [this, &text] {
-        if (!sending_ || producer_fifo.empty() || !std::holds_alternative<std::string>(producer_fifo.front()))
-            return false;   // the queue has been discarded
-        std::get<std::string>(producer_fifo.front()) = std::move(text);
-        return true;
-    };
-    std::size_t taken = 0;
-    try {
-        taken = send(std::string_view(text).substr(sent_, ac_out_buffer_size));
-    } catch (const std::system_error&) {
-        put_back();
-        handle_error();
-        return false;
-    } catch (...) {
-        put_back();
-        throw;
-    }
-    if (!put_back()) return false;
-    sent_ += taken;
-    if (sent_ < size) return false;
-    spare_ = std::move(std::get<std::string>(producer_fifo.front()));
-    spare_.clear();
-    if (spare_.capacity() > 1024) spare_ = {};
-    producer_fifo.pop_front();
-    sent_ = 0;
-    return true;
-}
-
-// Asks the first producer for its next piece and queues that in front of it. more() may discard the queue, so the
-// producer is held, and the queue looked at again afterwards.
-void async_chat::refill() {
-    const auto source = std::get<std::shared_ptr<producer>>(producer_fifo.front());
-    std::string data = source->more();
-    auto* first = producer_fifo.empty() ? nullptr : std::get_if<std::shared_ptr<producer>>(&producer_fifo.front());
-    if (!first || *first != source) return;
-    if (data.empty())
-        producer_fifo.pop_front();
-    else
-        producer_fifo.emplace_front(std::move(data));
-}
-
-void async_chat::discard_input() {
-    input_ = {};
-    kept_.clear();
-    incoming.clear();
-    consumed_ = 0;
-    held_back_ = false;
-}
-
-void async_chat::discard_buffers() {
-    discard_input();
-    producer_fifo.clear();
-    sent_ = 0;
-    sending_ = false;
-}
-
-}   // namespace v1
-}   // namespace asynchat

@@ -301,7 +301,8 @@ class dispatcher {
 
     // To stderr. asyncore.py: dispatcher.log
     virtual void log(std::string_view message);
-    // To log_handler, or stdout without one, unless the type is one of ignore_log_types. asyncore.py: dispatcher.log_info
+    // To log_handler, or stdout without one, unless the type is one of ignore_log_types. asyncore.py:
+    // dispatcher.log_info
     virtual void log_info(std::string_view message, std::string_view type = "info");
 
     // What the loop calls.
@@ -567,9 +568,9 @@ class async_chat : public asyncore::dispatcher {
     void refill();
 
     terminator terminator_;
-    std::string kept_;         // input between two reads
-    std::string_view input_;   // what is to be consumed: in kept_, or in the loop's receive buffer
-    std::string spare_;        // an empty string with room, so that a reply needs no allocation
+    std::string kept_;           // input between two reads
+    std::string_view input_;     // what is to be consumed: in kept_, or in the loop's receive buffer
+    std::string spare_;          // an empty string with room, so that a reply needs no allocation
     std::size_t consumed_ = 0;   // bytes that stand in front of input_ still
     std::size_t sent_ = 0;       // bytes of the first item that have gone
     bool sending_ = false;       // initiate_send() is under way, and the queue has not been discarded in it

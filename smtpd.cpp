@@ -36,474 +36,63 @@ bool ends(std::chrono::milliseconds time) { return time.count() > 0 && time < fo
 
 bool debugging() { return default_debugstream().rdbuf() != nullptr; }
 
-// ---------------------------------------------------------------------------------------------------------
-// Text: bytes that are mostly UTF-8
-// ---------------------------------------------------------------------------------------------------------
+const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
 
-bool is_ascii(std::string_view text) {
-    return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+// Throws when a method is given none.
+template <typename Handler>
+void check_handler(const Handler& then) {
+    if (!then) throw std::invalid_argument("there is no handler for the answer");
 }
 
-bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
-
-char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
-
-std::string upper(std::string_view text) {
-    std::string result(text);
-    for (char& c : result) c = upper(c);
-    return result;
-}
-
-// The length of the UTF-8 character that the text begins with; 0 when it is not one.
-std::size_t utf8_length(std::string_view text) {
-    const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
-    const auto follows = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
-    const unsigned first = byte(0), second = byte(1);
-    if (first < 0x80) return text.empty() ? 0 : 1;
-    if (first < 0xc2 || first > 0xf4 || !follows(1)) return 0;
-    if (first < 0xe0) return 2;
-    if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || !follows(2)) return 0;
-    if (first < 0xf0) return 3;
-    if ((first == 0xf0 && second < 0x90) || (first == 0xf4 && second > 0x8f) || !follows(3)) return 0;
-    return 4;
-}
-
-// The bytes that whole UTF-8 characters take at the front of the text.
-std::size_t utf8_prefix(std::string_view text) {
-    std::size_t size = 0;
-    while (const std::size_t length = utf8_length(text.substr(size))) size += length;
-    return size;
-}
-
-bool is_utf8(std::string_view text) { return utf8_prefix(text) == text.size(); }
-
-// The length of the white space that the text begins with; or 0. Python: str.isspace()
-std::size_t space_length(std::string_view text) {
-    const std::size_t length = utf8_length(text);
-    if (length == 0) return 0;
-    unsigned c = static_cast<unsigned char>(text[0]);
-    if (length > 1) c &= 0x7fu >> length;
-    for (const char byte : text.substr(1, length - 1)) c = c << 6 | (static_cast<unsigned char>(byte) & 0x3f);
-    const bool space = c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f) || c == 0x85 || c == 0xa0 ||
-                       c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
-                       c == 0x205f || c == 0x3000;
-    return space ? length : 0;
-}
-
-std::string_view lstrip(std::string_view text) {
-    while (const std::size_t length = space_length(text)) text.remove_prefix(length);
-    return text;
-}
-
-// Without white space at both ends. Python: str.strip()
-std::string_view strip(std::string_view text) {
-    text = lstrip(text);
-    while (!text.empty()) {
-        std::size_t last = text.size() - 1;   // where the last character begins
-        while (last > 0 && (text[last] & 0xc0) == 0x80) --last;
-        if (last + space_length(text.substr(last)) != text.size()) break;
-        text = text.substr(0, last);
-    }
-    return text;
-}
-
-std::string without_space(std::string_view text) {
-    std::string result;
-    while (!text.empty()) {
-        const std::size_t space = space_length(text);
-        if (space == 0) result += text[0];
-        text.remove_prefix(space ? space : 1);
-    }
-    return result;
-}
-
-// The words between blanks and tabs.
-std::vector<std::string> split(std::string_view text) {
-    std::vector<std::string> words;
-    words.reserve((text.size() + 1) / 2);
-    const auto blank = [](char c) { return c == ' ' || c == '\t'; };
-    for (auto end = text.begin(); end != text.end();) {
-        const auto begin = std::find_if_not(end, text.end(), blank);
-        end = std::find_if(begin, text.end(), blank);
-        if (begin != end) words.emplace_back(begin, end);
-    }
-    return words;
-}
-
-// ['a', 'b']. Python: repr() of a list
-std::string list_repr(const std::vector<std::string>& list) {
-    std::string text;
-    for (const auto& item : list) text += (text.empty() ? "" : ", ") + asyncore::repr(item);
-    return "[" + text + "]";
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Addresses: Python's email._header_value_parser, as far as MAIL, RCPT and VRFY need it
-// ---------------------------------------------------------------------------------------------------------
-
-// Reads an address from the front of `text`, and appends what is to be kept of it to `address`. RFC 2047 words are text
-// like any other; Python decodes them, and what they hide gets into the envelope.
-class address_parser {
-  public:
-    // Python raises one of two exceptions: after a HeaderParseError it tries another reading, after an IndexError none.
-    // A function that returns a bool can only meet the first, and then it has taken nothing but comments and white
-    // space.
-    enum result { ok, HeaderParseError, IndexError };
-
-    explicit address_parser(std::string_view input) : text(input) {}
-
-    result get_addr_spec();
-    result get_angle_addr();
-
-    std::string_view text;   // what has not been read yet
-    std::string address;
-
-  private:
-    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
-    bool next_is(char c) const { return !text.empty() && text[0] == c; }
-    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
-    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
-    void skip() { text.remove_prefix(1); }
-    void take() {
-        address += text[0];
-        skip();
-    }
-    void take(std::size_t size) {
-        address.append(text, 0, size);
-        text.remove_prefix(size);
-    }
-
-    void get_ptext(std::string_view ends);
-    void get_fws() { text = lstrip(text); }
-    bool get_atext();
-    void get_bare_quoted_string();
-    void get_comment();
-    bool get_cfws();
-    bool get_atom();
-    bool get_dot_atom();
-    bool get_word();
-    result get_local_part();
-    void get_obs_local_part();
-    result get_domain_literal();
-    result get_domain();
-    result get_obs_route();
-
-    static constexpr std::string_view WSP = " \t";
-    static constexpr std::string_view CFWS_LEADER = " \t(";
-    static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
-    static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
-    static constexpr std::string_view PHRASE_ENDS = ")<>@,:;[]";   // Python's has a backslash, and excepts it each time
-};
-
-// Text with its quoted pairs resolved, up to white space or one of `ends`.
-void address_parser::get_ptext(std::string_view ends) {
-    for (bool escape = false; !text.empty() && !in(text[0], WSP); skip()) {
-        if (!escape && in(text[0], ends)) return;
-        escape = text[0] == '\\' && !escape;
-        if (!escape) address += text[0];
-    }
-}
-
-bool address_parser::get_atext() {
-    const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
-    take(size);
-    return size > 0;
-}
-
-void address_parser::get_bare_quoted_string() {
-    skip();   // the quote
-    while (!text.empty() && text[0] != '"') {
-        if (in(text[0], WSP))
-            take(text.size() - lstrip(text).size());
-        else
-            get_ptext("\"");
-    }
-    if (!text.empty()) skip();
-}
-
-void address_parser::get_comment() {
-    int depth = 0;
-    do {
-        if (text[0] == '(') ++depth;
-        if (text[0] == ')') --depth;
-        const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
-        text.remove_prefix(escapes ? 2 : 1);
-    } while (depth > 0 && !text.empty());
-}
-
-// Comments and folding white space; whether there was any.
-bool address_parser::get_cfws() {
-    const std::size_t before = text.size();
-    while (next_in(CFWS_LEADER)) {
-        if (text[0] == '(')
-            get_comment();
-        else
-            get_fws();
-    }
-    return text.size() != before;
-}
-
-bool address_parser::get_atom() {
-    get_cfws();
-    if (!get_atext()) return false;
-    get_cfws();
-    return true;
-}
-
-bool address_parser::get_dot_atom() {
-    get_cfws();
-    const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
-    if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos) return false;
-    take(found.size());
-    get_cfws();
-    return true;
-}
-
-bool address_parser::get_word() {
-    get_cfws();
-    if (!next_is('"')) return get_atom();
-    get_bare_quoted_string();
-    get_cfws();
-    return true;
-}
-
-address_parser::result address_parser::get_local_part() {
-    const std::string_view start = text;
-    if (text.empty()) return IndexError;
-    get_cfws();
-    if (text.empty()) return HeaderParseError;
-    if (!get_dot_atom()) {
-        if (text == "\"") return IndexError;   // Python looks at the first item of nothing
-        if (!get_word() && ends_phrase()) return HeaderParseError;
-    }
-    if (ends_phrase()) return ok;
-    text = start;   // what follows is neither: read it all once more, by the obsolete grammar
-    address.clear();
-    get_obs_local_part();
-    return ok;
-}
-
-// Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between two
-// backslashes that are out of place.
-void address_parser::get_obs_local_part() {
-    for (char before = '.';;) {
-        const bool space = get_cfws();
-        if (ends_phrase()) return;
-        const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
-        if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
-        if (next != 'a')
-            take();
-        else if (next_is('"'))
-            get_bare_quoted_string();
-        else
-            get_atext();
-        before = next;
-    }
-}
-
-address_parser::result address_parser::get_domain_literal() {
-    take();   // the bracket
-    if (next_in(WSP)) get_fws();
-    get_ptext("[]");
-    if (next_in(WSP)) get_fws();
-    if (text.empty()) return IndexError;   // not closed
-    if (text[0] != ']') return HeaderParseError;
-    take();
-    get_cfws();
-    return ok;
-}
-
-address_parser::result address_parser::get_domain() {
-    if (text.empty()) return IndexError;
-    get_cfws();
-    if (text.empty()) return HeaderParseError;
-    if (text[0] == '[') return get_domain_literal();
-    if (!get_dot_atom() && !get_atom()) return HeaderParseError;
-    if (next_is('@')) return HeaderParseError;
-    while (next_is('.')) {
-        take();
-        if (!get_atom()) return HeaderParseError;
-    }
-    return ok;
-}
-
-address_parser::result address_parser::get_addr_spec() {
-    if (const result failure = get_local_part()) return failure;
-    if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
-        std::string quoted = "\"";
-        for (const char c : address) {
-            if (c == '"' || c == '\\') quoted += '\\';
-            quoted += c;
-        }
-        address = quoted + '"';
-    }
-    if (!next_is('@')) return ok;
-    take();
-    const std::size_t size = address.size();
-    if (const result failure = get_domain()) return failure;
-    const std::string domain = without_space(std::string_view(address).substr(size));
-    // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
-    if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return HeaderParseError;
-    address.replace(size, address.npos, domain);
-    return ok;
-}
-
-address_parser::result address_parser::get_obs_route() {
-    while (next_is(',') || next_in(CFWS_LEADER))
-        if (!get_cfws()) skip();
-    if (!next_is('@')) return HeaderParseError;
-    skip();
-    if (const result failure = get_domain()) return failure;
-    while (next_is(',')) {
-        skip();
-        if (text.empty()) break;
-        get_cfws();
-        if (text.empty()) return IndexError;
-        if (text[0] != '@') continue;
-        skip();
-        if (const result failure = get_domain()) return failure;
-    }
-    if (!next_is(':')) return HeaderParseError;
-    skip();
-    return ok;
-}
-
-address_parser::result address_parser::get_angle_addr() {
-    get_cfws();
-    if (!next_is('<')) return HeaderParseError;
-    skip();
-    if (text.empty()) return IndexError;
-    if (text[0] == '>') {
-        skip();
-        address = "<>";
-        return ok;
-    }
-    const std::string_view start = text;
-    result failure = get_addr_spec();
-    if (failure == HeaderParseError) {
-        text = start;
-        failure = get_obs_route();
-        address.clear();   // of the first reading, and of the route
-        if (!failure) failure = get_addr_spec();
-    }
-    if (failure) return failure;
-    if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
-    if (next_is('>')) skip();
-    get_cfws();
-    return ok;
-}
-
-// Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
-// together is always in one piece, because it might have begun the terminator.
-void append_unstuffed(std::string& out, std::string_view in) {
-    const std::size_t before = out.size();
-    out.resize(before + in.size());
-    char* to = out.data() + before;
-    for (const char *from = in.data(), *const end = from + in.size(); from < end;) {
-        if (*from != '\r') {
-            for (int near = 0; near < 8 && from < end && *from != '\r'; ++near) *to++ = *from++;
-            if (from == end || *from == '\r') continue;   // short lines take no call
-            const std::string_view rest(from, static_cast<std::size_t>(end - from));
-            const std::size_t size = std::min(rest.find('\r'), rest.size());
-            to = std::copy_n(from, size, to);
-            from += size;
-        } else if (++from == end || *from != '\n') {
-            *to++ = '\r';
-        } else {
-            *to++ = '\n';
-            if (++from < end && *from == '.') ++from;
-        }
-    }
-    out.resize(static_cast<std::size_t>(to - out.data()));
-}
+// Below, after Python's part.
+bool is_ascii(std::string_view text);
+bool is_control(char c);
+std::string upper(std::string_view text);
+char upper(char c);
+std::size_t utf8_length(std::string_view text);
+std::size_t utf8_prefix(std::string_view text);
+bool is_utf8(std::string_view text);
+std::string_view strip(std::string_view text);
+std::vector<std::string> split(std::string_view text);
+std::string list_repr(const std::vector<std::string>& list);
+void append_unstuffed(std::string& out, std::string_view in);
+bool parse_address(std::string_view arg, std::string& address, std::string_view& rest);
+bool is_reply(std::string_view text);
+std::size_t line_length(std::string_view text);
+void no_delay(asyncore::socket_type& socket);
+bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
+                  std::vector<std::string>& with);
+std::string_view lstrip(std::string_view text);
 
 }   // namespace
 
-// Whether a text that comes from a hook is one reply (RFC 5321, 4.2): three digits, then a space or the end, or a dash
-// and another line with the same digits.
-static bool is_reply(std::string_view text) {
-    const std::string_view code = text.substr(0, 3);
-    if (code.size() < 3 || code[0] < '2' || code[0] > '5' || code.find_first_not_of("0123456789") != code.npos)
-        return false;
-    for (;;) {
-        const std::size_t end = text.find("\r\n");
-        const std::string_view line = text.substr(0, end);
-        const char mark = line.size() == 3 ? ' ' : line.substr(0, 3) == code ? line[3] : '?';
-        if (mark != (end == text.npos ? ' ' : '-') || line.find_first_of("\r\n") != line.npos) return false;
-        if (end == text.npos) return true;
-        text.remove_prefix(end + 2);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// Answers that come later
-// ---------------------------------------------------------------------------------------------------------
-
-// It is made before process_message() is called. What that returns settles it; or a copy has been taken by defer(),
-// and then answer() does, or the last copy's end.
+// A reply that is owed: see "Replies that come later".
 struct deferred_reply::owed {
-    SMTPChannel* channel;   // null: nobody waits any more
+    SMTPChannel* channel;   // null: there is no client any more that waits for it
     bool deferred = false;
-    bool in_hook = true;                 // process_message() is still running
+    bool in_hook = true;                 // the hook or the command is still running
     std::optional<std::string> status;   // given while it was
 
     explicit owed(SMTPChannel* who) : channel(who) { channel->owed_ = this; }
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
-    ~owed() {
-        // The last who could have answered has gone without a word.
-        if (SMTPChannel* waiting = take_channel()) guarded(*waiting, [&] { waiting->answer_lost(); });
-    }
-
-    // Whom to answer; nobody, when that has been done, or the client has gone.
-    SMTPChannel* take_channel() {
-        if (!channel) return nullptr;
-        channel->owed_ = nullptr;
-        return std::exchange(channel, nullptr);
-    }
-
-    void settle(std::string_view reply) {
-        if (SMTPChannel* waiting = take_channel())
-            guarded(*waiting, [&] { waiting->answer(reply.empty() ? "250 OK" : reply); });
-    }
-
+    ~owed();
+    SMTPChannel* take_channel();
+    void settle(std::string_view reply);
     // A client that can't be answered is not left waiting.
-    template <typename Answer>
-    static void guarded(SMTPChannel& waiting, Answer answer) noexcept {
-        try {
-            answer();
-        } catch (...) {
-            try {
-                waiting.close();
-            } catch (...) {
-                // it has left the map all the same
-            }
-        }
-    }
+    static void guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept;
 };
-
-void deferred_reply::answer(std::string_view status) const {
-    if (!owed_ || !owed_->channel || owed_->status) return;
-    if (owed_->in_hook)
-        owed_->status = status;
-    else
-        owed_->settle(status);
-}
-
-SMTPChannel* message_options::channel() const {
-    const auto owed = owed_.lock();
-    return owed ? owed->channel : nullptr;
-}
-
-deferred_reply message_options::defer() const {
-    auto owed = owed_.lock();
-    if (owed) owed->deferred = true;
-    return deferred_reply(std::move(owed));
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // SMTPChannel
 // ---------------------------------------------------------------------------------------------------------
+
+std::size_t SMTPChannel::max_command_size_limit() const {
+    // Python leaves command_size_limit out, and the limit of one verb becomes every command's.
+    std::size_t largest = command_size_limit;
+    for (const auto& [verb, limit] : command_size_limits) largest = std::max(largest, limit);
+    return largest;
+}
 
 SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from, server.settings) {}
@@ -539,13 +128,6 @@ void SMTPChannel::start() {
     if (!connected) return;
     if (debugging()) DEBUGSTREAM << "Peer: " << peer.repr() << std::endl;
     push("220 " + fqdn + " " + std::string(version));
-}
-
-std::size_t SMTPChannel::max_command_size_limit() const {
-    // Python leaves command_size_limit out, and the limit of one verb becomes every command's.
-    std::size_t largest = command_size_limit;
-    for (const auto& [verb, limit] : command_size_limits) largest = std::max(largest, limit);
-    return largest;
 }
 
 void SMTPChannel::_set_post_data_state() {
@@ -595,7 +177,9 @@ void SMTPChannel::gather(Event event) {
     if (thrown) std::rethrow_exception(thrown);
 }
 
-void SMTPChannel::handle_read() { gather([this] { async_chat::handle_read(); }); }
+void SMTPChannel::handle_read() {
+    gather([this] { async_chat::handle_read(); });
+}
 
 void SMTPChannel::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
     async_chat::set_socket(std::move(sock), map);
@@ -637,14 +221,16 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
 }
 
 // Makes room for a message at once: as much as was declared, or as the message before it took; beyond 4 MiB, as much
-// as is usual. What is not used of it costs address space, no memory. It is a wish: the message may fit where that fails.
+// as is usual. What is not used of it costs address space, no memory. It is a wish: the message may fit where that
+// fails.
 void SMTPChannel::make_room(std::size_t more) {
     constexpr std::size_t large = 1 << 22;
     const std::size_t needed = received_lines.size() + more, before = received_lines.capacity();
     if (needed <= before) return;
     const std::size_t usual = std::min(data_size_limit, DATA_SIZE_DEFAULT);
     const std::size_t wish = std::max(declared_size_, std::min(smtp_server->message_size_, large));
-    for (const std::size_t room : {std::max({needed, before * 2, wish, needed > large ? usual : 0}), needed + needed / 4})
+    for (const std::size_t room :
+         {std::max({needed, before * 2, wish, needed > large ? usual : 0}), needed + needed / 4})
         try {
             return received_lines.reserve(room);
         } catch (const std::exception&) {
@@ -674,7 +260,8 @@ void SMTPChannel::found_terminator() {
     stop_when_idle();
 }
 
-// A command that throws has changed nothing, and the session goes on. Python: the connection is closed, without a reply.
+// A command that throws has changed nothing, and the session goes on. Python: the connection is closed, without a
+// reply.
 void SMTPChannel::execute(std::string_view line, std::size_t size) {
     const std::size_t recipients = rcpttos.size();
     const bool open = !mailfrom.empty();
@@ -940,11 +527,9 @@ std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(st
     if (arg.empty()) return std::pair(std::string(), arg);
     // Python accepts control characters, and closes the connection when it can't read the address.
     if (std::any_of(arg.begin(), arg.end(), [](char c) { return is_control(c) && c != '\t'; })) return std::nullopt;
-    address_parser parser(arg);
-    const bool angle = lstrip(arg).substr(0, 1) == "<";
-    if (angle ? parser.get_angle_addr() : parser.get_addr_spec()) return std::nullopt;
-    if (parser.address.find('\t') != parser.address.npos) return std::nullopt;
-    return std::pair(std::move(parser.address), parser.text);
+    std::pair<std::string, std::string_view> parsed;
+    if (!parse_address(arg, parsed.first, parsed.second) || parsed.first.find('\t') != arg.npos) return std::nullopt;
+    return parsed;
 }
 
 std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector<std::string>& params) {
@@ -1246,7 +831,8 @@ namespace {
 
 bool is_plain(char c) { return (c >= ' ' && c < 0x7f) || c == '\t'; }
 
-// Bytes at the front that are printed as they are: ASCII without control characters, eight at a time as long as it goes.
+// Bytes at the front that are printed as they are: ASCII without control characters, eight at a time as long as it
+// goes.
 std::size_t plain_length(std::string_view text) {
     constexpr std::uint64_t each = 0x0101010101010101;
     std::size_t size = 0;
@@ -1333,550 +919,6 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
     out << "------------ END MESSAGE ------------" << std::endl;
     if (!out) throw asyncore::ExitNow("cannot write the message to stdout");
     return std::nullopt;
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// SMTP, LMTP: the client's side
-// ---------------------------------------------------------------------------------------------------------
-
-namespace {
-
-bool is_line_end(char c) { return c == '\r' || c == '\n'; }
-
-// Bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of bare
-// CR has a line in each byte. A call costs more than a few bytes do, so the first ones are looked at one by one.
-std::size_t line_length(std::string_view text) {
-    std::size_t length = 0;
-    while (length < 4 && length < text.size() && !is_line_end(text[length])) ++length;
-    if (length < 4) return length;
-    for (std::size_t window = 64; length < text.size(); window *= 2) {
-        const std::string_view part = text.substr(length, window);
-        const std::size_t found = std::min(part.find('\n'), part.find('\r'));
-        length += std::min(found, part.size());
-        if (found != part.npos) break;
-    }
-    return length;
-}
-
-}   // namespace
-
-std::array<std::string_view, 4> letter::parts() const {
-    const std::string_view all = *text;
-    return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
-}
-
-std::size_t letter::size() const {
-    std::size_t size = 0;
-    char last = 0;
-    for (const auto part : parts())
-        for (const char c : part) {
-            size += !is_line_end(c) ? 1 : c == '\n' && last == '\r' ? 0 : 2;
-            last = c;
-        }
-    return size;
-}
-
-namespace {
-
-// A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
-class message_producer : public asynchat::producer {
-  public:
-    explicit message_producer(letter message) : message_(std::move(message)), parts_(message_.parts()) {}
-
-    std::string more() override {
-        if (done_) return "";
-        std::size_t left = 0;
-        for (const auto part : parts_) left += part.size();
-        const std::size_t size = std::min<std::size_t>(2 * left + 5, 65536);
-        const std::unique_ptr<char[]> piece(new char[size]);   // not filled first, as a string would be
-        char* out = piece.get();
-        const char* const end = out + size;
-        char last = last_;   // locals are what a loop of bytes needs
-        std::size_t column = column_;
-        for (auto& part : parts_) {
-            const char* in = part.data();
-            const char* const in_end = in + part.size();
-            while (in != in_end && end - out > 2) {
-                const char c = *in++;
-                if (is_line_end(c)) {
-                    if (c == '\r' || last != '\r') *out++ = '\r', *out++ = '\n';
-                    column = 0;
-                } else {
-                    if (c == '.' && column == 0) *out++ = '.';
-                    *out++ = c;
-                    if (++column >= 4) {   // the rest of a line that is not so short
-                        const auto room = static_cast<std::size_t>(std::min(in_end - in, end - out));
-                        const std::size_t length = line_length({in, room});
-                        out = std::copy_n(in, length, out);
-                        in += length;
-                    }
-                }
-                last = c;
-            }
-            left -= static_cast<std::size_t>(in - part.data());
-            part.remove_prefix(static_cast<std::size_t>(in - part.data()));
-        }
-        last_ = last;
-        column_ = column;
-        done_ = left == 0 && end - out >= 5;
-        if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
-        if (done_) out = std::copy_n(".\r\n", 3, out);
-        return {piece.get(), out};
-    }
-
-  private:
-    const letter message_;
-    std::array<std::string_view, 4> parts_;   // what is left of them
-    char last_ = '\n';                        // a byte of the last ones that were taken: CR, when that was one
-    std::size_t column_ = 0;
-    bool done_ = false;
-};
-
-// When that time has passed from now on; 0 is never.
-asyncore::clock::time_point after(std::chrono::milliseconds time) {
-    const bool ends = time.count() > 0 && time < for_ever;
-    return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
-}
-
-void no_delay(asyncore::socket_type& socket) {
-    try {
-        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
-}
-
-// Nothing may end a command early.
-void check_command(const std::string& cmd) {
-    if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
-        throw std::invalid_argument("command and arguments contain prohibited newline characters");
-}
-
-// Throws when a method is given none.
-template <typename Handler>
-void check_handler(const Handler& then) {
-    if (!then) throw std::invalid_argument("there is no handler for the answer");
-}
-
-// Picks the options of a client's MAIL that the next server offers to take, its SIZE among them or not; and SMTPUTF8
-// when an address needs it (Python forgets that). False: the server lacks that.
-bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
-                  std::vector<std::string>& with) {
-    for (const auto& option : mail_options) {
-        const std::string name = option.substr(0, option.find('='));
-        if (name == "SMTPUTF8")
-            utf8 = true;
-        else if (session.has_extn(name == "BODY" ? "8BITMIME" : name) && (size || name != "SIZE"))
-            with.push_back(option);
-    }
-    if (utf8) with.emplace_back("SMTPUTF8");
-    return !utf8 || session.has_extn("SMTPUTF8");
-}
-
-const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
-
-std::string in_brackets(const std::string& addr) { return addr == "<>" ? addr : "<" + addr + ">"; }
-
-// Of several answers to one message, the one that decides: what is temporary comes first, so that nothing is lost.
-int severity(const reply& answer) {
-    if (answer.code == 250) return 0;
-    return answer.code >= 500 ? 1 : 2;
-}
-
-}   // namespace
-
-std::string reply::line() const {
-    if (code < 0) return text;
-    const std::string digits = std::to_string(code);
-    std::string result;
-    for (std::string_view rest = text;;) {
-        const std::size_t end = rest.find('\n');
-        result.append(digits).append(end != rest.npos ? "-" : rest.empty() ? "" : " ").append(rest.substr(0, end));
-        if (end == rest.npos) return result;
-        result += "\r\n";
-        rest.remove_prefix(end + 1);
-    }
-}
-
-SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, map), wait_(wait) {
-    set_terminator("\n");
-    why_.reserve(200);   // so that an error can be kept when it is one of memory
-}
-
-SMTP::~SMTP() {
-    const handler dropped = std::exchange(then_, nullptr);
-    try {
-        say_closed();
-    } catch (...) {
-        // it is too late to leave the loop
-    }
-}
-
-void SMTP::connect(const address& server, handler then) {
-    expect(std::move(then), wait_.connect);
-    if (server.none()) return fail("there is no server to connect to");
-    address to = server;
-    if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
-    try {
-        candidates_ = asyncore::getaddrinfo(to);
-    } catch (const std::system_error& error) {
-        return fail(error.what());
-    }
-    std::reverse(candidates_.begin(), candidates_.end());
-    attempt();
-}
-
-// Tries the next address.
-void SMTP::attempt() {
-    while (!candidates_.empty()) {
-        const address next = std::move(candidates_.back());
-        candidates_.pop_back();
-        try {
-            due_ = after(wait_.connect);
-            create_socket(next.family);
-            return async_chat::connect(next);
-        } catch (const std::exception& error) {
-            why_ = error.what();
-        }
-    }
-    fail(why_);
-}
-
-void SMTP::handle_connect() {
-    // A port of this host that nobody listens at may have been given to this very connection.
-    const address own = socket->getsockname();
-    if (own.family != AF_UNIX && own.repr() == socket->getpeername().repr())
-        throw std::system_error(ECONNREFUSED, std::generic_category(), "connect");
-    no_delay(*socket);   // the last piece of a message shall not wait for an answer
-    candidates_.clear();
-    due_ = after(wait_.greeting);
-    next_ = awaited::greeting;
-}
-
-void SMTP::open(const address& server, handler then) {
-    check_handler(then);
-    connect(server, [this, then](const reply& greeting) {
-        greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
-    });
-}
-
-void SMTP::expect(handler then, std::chrono::milliseconds wait) {
-    check_handler(then);
-    if (then_) throw std::logic_error("one command at a time");
-    then_ = std::move(then);
-    due_ = after(wait);
-    replies_left_ = 1;
-    worst_ = {};
-}
-
-void SMTP::docmd(const std::string& cmd, handler then) {
-    check_command(cmd);
-    check_handler(then);
-    if (!connected) return then({-1, "not connected"});
-    stage = cmd.substr(0, cmd.find(' '));
-    expect(std::move(then), wait_.command);
-    async_chat::push(cmd + "\r\n");
-}
-
-void SMTP::ehlo(handler then) {
-    check_handler(then);
-    docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
-        does_esmtp = answer.code == 250;
-        esmtp_features.clear();
-        std::size_t end = answer.text.find('\n');
-        while (does_esmtp && end != std::string::npos) {
-            const std::size_t start = end + 1;
-            end = answer.text.find('\n', start);
-            const std::string_view line = std::string_view(answer.text).substr(start, end - start);
-            const std::size_t space = std::min(line.find_first_of(" ="), line.size());
-            esmtp_features[upper(line.substr(0, space))] = strip(line.substr(std::min(space + 1, line.size())));
-        }
-        then(answer);
-    });
-}
-
-void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
-
-void SMTP::ehlo_or_helo_if_needed(handler then) {
-    check_handler(then);
-    ehlo([this, then](const reply& answer) {
-        if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
-        helo(then);
-    });
-}
-
-// The name to greet with; an address literal when there is no better one.
-std::string SMTP::own_name() const {
-    if (!local_hostname.empty() || !connected) return local_hostname;
-    const address own = socket->getsockname();
-    if (own.family == AF_UNIX) return "localhost";
-    return (own.family == AF_INET6 ? "[IPv6:" : "[") + own.host + "]";
-}
-
-void SMTP::mail(const std::string& sender, const std::vector<std::string>& with, handler then) {
-    std::string cmd = "MAIL FROM:" + in_brackets(sender);
-    for (const auto& option : with) cmd += " " + option;
-    accepted_ = 0;
-    docmd(cmd, std::move(then));
-}
-
-void SMTP::rcpt(const std::string& recipient, handler then) {
-    check_handler(then);
-    docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
-        if (answer.code == 250 || answer.code == 251) ++accepted_;
-        then(answer);
-    });
-}
-
-void SMTP::data(letter msg, handler then) {
-    docmd("DATA", std::move(then));
-    if (!connected) return;
-    message_ = std::make_unique<message_producer>(std::move(msg));
-    next_ = awaited::go_ahead;
-    due_ = after(wait_.data_initiation);
-}
-
-void SMTP::send_message() {
-    stage = "message";
-    next_ = awaited::end;
-    replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
-    gone_out_ = false;
-    due_ = after(wait_.data_block);
-    push_with_producer(std::move(message_));
-}
-
-void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
-
-void SMTP::quit() {
-    // A message without its last dot is none.
-    if (!connected || stopped() || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
-    quitting_ = true;
-    due_ = std::min(due_, after(wait_.quit));   // first: if QUIT can't even be said, the session still ends
-    if (!then_) async_chat::push("QUIT\r\n");
-}
-
-void SMTP::forget() {
-    on_close = nullptr;
-    if (then_) then_ = [](const reply&) {};
-}
-
-void SMTP::abandon() noexcept {
-    try {
-        forget();
-        quit();
-    } catch (...) {
-        // it ends when it is due
-    }
-}
-
-// What sendmail() keeps between one command and the next.
-struct SMTP::mailing {
-    SMTP& session;
-    std::vector<std::string> to_addrs;
-    letter message;
-    bool all;
-    std::function<void(const reply&, const refused&)> then;
-    refused refused_so_far{};
-    reply last_refusal{554, "Error: no recipients"};
-    std::size_t next = 0;
-
-    static void say_RCPT(const std::shared_ptr<mailing>& it) {
-        if (it->next == it->to_addrs.size()) {
-            if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
-            return it->session.data(std::move(it->message),
-                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
-        }
-        it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
-            const bool yes = answer.code == 250 || answer.code == 251;
-            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = it->last_refusal = answer;
-            ++it->next;
-            if (!yes && (it->all || !it->session.connected)) return it->then(answer, it->refused_so_far);
-            say_RCPT(it);
-        });
-    }
-};
-
-void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
-                    const std::vector<std::string>& mail_options, bool all,
-                    std::function<void(const reply&, const refused&)> then) {
-    check_handler(then);
-    std::vector<std::string> with;
-    const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
-    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return then(no_SMTPUTF8, {});
-    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
-    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
-    mail(from_addr, with, [it](const reply& answer) {
-        if (answer.code != 250) return it->then(answer, {});
-        mailing::say_RCPT(it);
-    });
-}
-
-void SMTP::collect_incoming_data(std::string_view data) {
-    if (line_.size() + data.size() > maxline) return fail("the answer is too long");
-    line_ += data;
-}
-
-void SMTP::found_terminator() {
-    std::string line = std::exchange(line_, {});
-    while (!line.empty() && (line.back() == '\r' || line.back() == ' ' || line.back() == '\t')) line.pop_back();
-    const auto digit = [&](std::size_t i) { return i < line.size() && line[i] >= '0' && line[i] <= '9'; };
-    const bool numbered = digit(0) && line[0] >= '2' && line[0] <= '5' && digit(1) && digit(2);
-    const bool more = line.size() > 3 && line[3] == '-';
-    const int code = numbered ? std::stoi(line.substr(0, 3)) : -1;
-    if (!numbered || (line.size() > 3 && line[3] != ' ' && !more) || (answer_.code >= 0 && answer_.code != code))
-        return fail("the answer makes no sense");
-    for (char& c : line)
-        if (is_control(c) && c != '\t') c = ' ';
-    if (answer_.code >= 0) answer_.text += '\n';
-    answer_.code = code;
-    if (line.size() > 4) answer_.text.append(line, 4, line.npos);
-    if (answer_.text.size() > maxreply) return fail("the answer is too long");
-    if (!more) report(std::exchange(answer_, {}));
-}
-
-void SMTP::report(reply answer) {
-    if (!then_) return quitting_ ? close() : fail("an answer came without a command");
-    const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
-    const bool surplus = !ac_in_buffer().empty();
-    bool yes = !unfinished;
-    switch (next_) {
-        case awaited::greeting:
-            yes = answer.code == 220;
-            break;
-        case awaited::go_ahead:
-            yes = answer.code == 354;
-            if (yes && !surplus) return send_message();
-            break;
-        case awaited::end:
-            // Python: 250 alone. Any other yes would then be a reason to send the message again.
-            if (answer.code / 100 == 2) answer.code = 250;
-            break;
-        case awaited::answer:
-            break;
-    }
-    if (!yes && answer.code < 400) return fail("the answer makes no sense");
-    if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
-    const bool over = answer.code == 421 || unfinished;
-    if (--replies_left_ > 0 && !over) return;
-    // More answers than commands: the one to a message counts, it is the server's to keep now.
-    if (surplus && next_ != awaited::end && !over) return fail("there are more answers than commands");
-    next_ = awaited::answer;
-    message_ = nullptr;
-    due_ = asyncore::clock::time_point::max();
-    const handler then = std::exchange(then_, nullptr);
-    const reply decisive = worst_;
-    const bool leaving = quitting_;
-    if (over || surplus) close();
-    then(decisive);
-    if (leaving && connected) quit();
-}
-
-void SMTP::fail(const std::string& why) {
-    why_ = why;
-    close();
-}
-
-void SMTP::close() {
-    try {
-        async_chat::close();
-    } catch (const std::system_error&) {
-        // the descriptor is gone, and who waits has to know
-    }
-    producer_fifo.clear();
-    due_ = asyncore::clock::time_point::max();
-    say_closed();
-}
-
-// Each of the two is called, whatever the other one throws.
-void SMTP::say_closed() {
-    const auto closed = std::exchange(on_close, nullptr);
-    const auto then = std::exchange(then_, nullptr);
-    for (const bool first : {true, false}) {
-        try {
-            if (first && closed) closed();
-            if (!first && then) then({-1, why_});
-        } catch (const asyncore::ExitNow&) {
-            throw;
-        } catch (...) {
-            log_exception("uncaptured C++ exception at the end of");
-        }
-    }
-}
-
-void SMTP::handle_write() {
-    async_chat::handle_write();
-    if (next_ == awaited::end && !gone_out_) due_ = after(wait_.data_block);
-}
-
-void SMTP::handle_close() {
-    if (connecting) return attempt();
-    if (next_ == awaited::end && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
-        // The server takes no more of the message: it may have said why.
-        producer_fifo.clear();
-        handle_read();
-        if (!connected) return;
-    }
-    fail("the connection was closed");
-}
-
-void SMTP::handle_error() {
-    try {
-        throw;
-    } catch (const std::system_error& error) {
-        why_ = error.what();
-        if (connecting) return attempt();
-    } catch (...) {
-        log_exception("uncaptured C++ exception, closing channel");
-    }
-    close();
-}
-
-asyncore::clock::time_point SMTP::deadline() {
-    if (next_ == awaited::end && !gone_out_ && producer_fifo.empty()) {
-        gone_out_ = true;
-        due_ = after(wait_.data_termination);
-    }
-    return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
-}
-
-bool SMTP::stopped() const { return stop_by_ && *stop_by_ <= asyncore::clock::now(); }
-
-void SMTP::handle_timeout() {
-    if (stopped()) return fail("the server is shutting down");
-    if (due_ > asyncore::clock::now()) return async_chat::handle_timeout();
-    why_ = "no answer in time";
-    connecting ? attempt() : close();
-}
-
-SMTP::refused sendmail(const address& server, const std::string& from_addr, const std::vector<std::string>& to_addrs,
-                       std::string msg, const timeouts& wait, const sendmail_options& with) {
-    check_command(from_addr);
-    for (const auto& addr : to_addrs) check_command(addr);
-    asyncore::map_type map;
-    SMTP session(&map, wait);
-    session.local_hostname = with.local_hostname;
-    reply result;
-    std::string stage;
-    SMTP::refused refused;
-    const auto done = [&](const reply& answer, const SMTP::refused& some) {
-        result = answer;
-        refused = some;
-        stage = session.stage;
-        session.quit();
-    };
-    session.open(server, [&](const reply& answer) {
-        if (answer.code != 250) return done(answer, {});
-        session.sendmail(from_addr, to_addrs, std::move(msg), with.mail_options, false, done);
-    });
-    const auto end = after(with.total);
-    while (!map.empty()) {
-        const std::chrono::duration<double> left = end - asyncore::clock::now();
-        if (left.count() <= 0) session.close();
-        asyncore::poll(std::clamp(left.count(), 0.0, 30.0), &map);
-    }
-    if (result.code < 0 && result.text.empty()) result.text = "no answer in time";
-    if (result.code != 250) throw SMTPResponseException(result, stage, refused);
-    return refused;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -2374,6 +1416,1002 @@ std::map<std::string, server_factory>& known_classes() {
 server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
 
 const std::map<std::string, server_factory>& server_class::all() { return known_classes(); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Replies that come later: not in smtpd.py
+// ---------------------------------------------------------------------------------------------------------
+
+deferred_reply::owed::~owed() {
+    // The last that could have answered has gone without a word.
+    if (SMTPChannel* waiting = take_channel()) guarded(*waiting, [&] { waiting->answer_lost(); });
+}
+
+// The client to answer; null when that has been done, or the client has gone.
+SMTPChannel* deferred_reply::owed::take_channel() {
+    if (channel) channel->owed_ = nullptr;
+    return std::exchange(channel, nullptr);
+}
+
+void deferred_reply::owed::settle(std::string_view reply) {
+    if (SMTPChannel* waiting = take_channel())
+        guarded(*waiting, [&] { waiting->answer(reply.empty() ? "250 OK" : reply); });
+}
+
+void deferred_reply::owed::guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept {
+    try {
+        answer();
+    } catch (...) {
+        try {
+            waiting.close();
+        } catch (...) {
+            // it has left the map all the same
+        }
+    }
+}
+
+void deferred_reply::answer(std::string_view status) const {
+    if (!owed_ || !owed_->channel || owed_->status) return;
+    if (owed_->in_hook)
+        owed_->status = status;
+    else
+        owed_->settle(status);
+}
+
+SMTPChannel* message_options::channel() const {
+    const auto owed = owed_.lock();
+    return owed ? owed->channel : nullptr;
+}
+
+deferred_reply message_options::defer() const {
+    auto owed = owed_.lock();
+    if (owed) owed->deferred = true;
+    return deferred_reply(std::move(owed));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// What smtpd.py imports: smtplib
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+bool is_line_end(char c) { return c == '\r' || c == '\n'; }
+
+// Bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of bare
+// CR has a line in each byte. A call costs more than a few bytes do, so the first ones are looked at one by one.
+std::size_t line_length(std::string_view text) {
+    std::size_t length = 0;
+    while (length < 4 && length < text.size() && !is_line_end(text[length])) ++length;
+    if (length < 4) return length;
+    for (std::size_t window = 64; length < text.size(); window *= 2) {
+        const std::string_view part = text.substr(length, window);
+        const std::size_t found = std::min(part.find('\n'), part.find('\r'));
+        length += std::min(found, part.size());
+        if (found != part.npos) break;
+    }
+    return length;
+}
+
+}   // namespace
+
+std::array<std::string_view, 4> letter::parts() const {
+    const std::string_view all = *text;
+    return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
+}
+
+std::size_t letter::size() const {
+    std::size_t size = 0;
+    char last = 0;
+    for (const auto part : parts())
+        for (const char c : part) {
+            size += !is_line_end(c) ? 1 : c == '\n' && last == '\r' ? 0 : 2;
+            last = c;
+        }
+    return size;
+}
+
+namespace {
+
+// A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
+class message_producer : public asynchat::producer {
+  public:
+    explicit message_producer(letter message) : message_(std::move(message)), parts_(message_.parts()) {}
+
+    std::string more() override {
+        if (done_) return "";
+        std::size_t left = 0;
+        for (const auto part : parts_) left += part.size();
+        const std::size_t size = std::min<std::size_t>(2 * left + 5, 65536);
+        const std::unique_ptr<char[]> piece(new char[size]);   // not filled first, as a string would be
+        char* out = piece.get();
+        const char* const end = out + size;
+        char last = last_;   // locals are what a loop of bytes needs
+        std::size_t column = column_;
+        for (auto& part : parts_) {
+            const char* in = part.data();
+            const char* const in_end = in + part.size();
+            while (in != in_end && end - out > 2) {
+                const char c = *in++;
+                if (is_line_end(c)) {
+                    if (c == '\r' || last != '\r') *out++ = '\r', *out++ = '\n';
+                    column = 0;
+                } else {
+                    if (c == '.' && column == 0) *out++ = '.';
+                    *out++ = c;
+                    if (++column >= 4) {   // the rest of a line that is not so short
+                        const auto room = static_cast<std::size_t>(std::min(in_end - in, end - out));
+                        const std::size_t length = line_length({in, room});
+                        out = std::copy_n(in, length, out);
+                        in += length;
+                    }
+                }
+                last = c;
+            }
+            left -= static_cast<std::size_t>(in - part.data());
+            part.remove_prefix(static_cast<std::size_t>(in - part.data()));
+        }
+        last_ = last;
+        column_ = column;
+        done_ = left == 0 && end - out >= 5;
+        if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
+        if (done_) out = std::copy_n(".\r\n", 3, out);
+        return {piece.get(), out};
+    }
+
+  private:
+    const letter message_;
+    std::array<std::string_view, 4> parts_;   // what is left of them
+    char last_ = '\n';                        // a byte of the last ones that were taken: CR, when that was one
+    std::size_t column_ = 0;
+    bool done_ = false;
+};
+
+// When that time has passed from now on; 0 is never.
+asyncore::clock::time_point after(std::chrono::milliseconds time) {
+    const bool ends = time.count() > 0 && time < for_ever;
+    return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
+}
+
+void no_delay(asyncore::socket_type& socket) {
+    try {
+        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
+    } catch (const std::system_error&) {
+        // not a TCP socket
+    }
+}
+
+// Nothing may end a command early.
+void check_command(const std::string& cmd) {
+    if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
+        throw std::invalid_argument("command and arguments contain prohibited newline characters");
+}
+
+// Picks the options of a client's MAIL that the next server offers to take, its SIZE among them or not; and SMTPUTF8
+// when an address needs it (Python forgets that). False: the server lacks that.
+bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
+                  std::vector<std::string>& with) {
+    for (const auto& option : mail_options) {
+        const std::string name = option.substr(0, option.find('='));
+        if (name == "SMTPUTF8")
+            utf8 = true;
+        else if (session.has_extn(name == "BODY" ? "8BITMIME" : name) && (size || name != "SIZE"))
+            with.push_back(option);
+    }
+    if (utf8) with.emplace_back("SMTPUTF8");
+    return !utf8 || session.has_extn("SMTPUTF8");
+}
+
+std::string in_brackets(const std::string& addr) { return addr == "<>" ? addr : "<" + addr + ">"; }
+
+// Of several answers to one message, the one that decides: what is temporary comes first, so that nothing is lost.
+int severity(const reply& answer) {
+    if (answer.code == 250) return 0;
+    return answer.code >= 500 ? 1 : 2;
+}
+
+}   // namespace
+
+std::string reply::line() const {
+    if (code < 0) return text;
+    const std::string digits = std::to_string(code);
+    std::string result;
+    for (std::string_view rest = text;;) {
+        const std::size_t end = rest.find('\n');
+        result.append(digits).append(end != rest.npos ? "-" : rest.empty() ? "" : " ").append(rest.substr(0, end));
+        if (end == rest.npos) return result;
+        result += "\r\n";
+        rest.remove_prefix(end + 1);
+    }
+}
+
+SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, map), wait_(wait) {
+    set_terminator("\n");
+    why_.reserve(200);   // so that an error can be kept when it is one of memory
+}
+
+SMTP::~SMTP() {
+    const handler dropped = std::exchange(then_, nullptr);
+    try {
+        say_closed();
+    } catch (...) {
+        // it is too late to leave the loop
+    }
+}
+
+void SMTP::connect(const address& server, handler then) {
+    expect(std::move(then), wait_.connect);
+    if (server.none()) return fail("there is no server to connect to");
+    address to = server;
+    if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
+    try {
+        candidates_ = asyncore::getaddrinfo(to);
+    } catch (const std::system_error& error) {
+        return fail(error.what());
+    }
+    std::reverse(candidates_.begin(), candidates_.end());
+    attempt();
+}
+
+// Tries the next address.
+void SMTP::attempt() {
+    while (!candidates_.empty()) {
+        const address next = std::move(candidates_.back());
+        candidates_.pop_back();
+        try {
+            due_ = after(wait_.connect);
+            create_socket(next.family);
+            return async_chat::connect(next);
+        } catch (const std::exception& error) {
+            why_ = error.what();
+        }
+    }
+    fail(why_);
+}
+
+void SMTP::handle_connect() {
+    // A port of this host that nobody listens at may have been given to this very connection.
+    const address own = socket->getsockname();
+    if (own.family != AF_UNIX && own.repr() == socket->getpeername().repr())
+        throw std::system_error(ECONNREFUSED, std::generic_category(), "connect");
+    no_delay(*socket);   // the last piece of a message shall not wait for an answer
+    candidates_.clear();
+    due_ = after(wait_.greeting);
+    next_ = awaited::greeting;
+}
+
+void SMTP::open(const address& server, handler then) {
+    check_handler(then);
+    connect(server, [this, then](const reply& greeting) {
+        greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
+    });
+}
+
+void SMTP::expect(handler then, std::chrono::milliseconds wait) {
+    check_handler(then);
+    if (then_) throw std::logic_error("one command at a time");
+    then_ = std::move(then);
+    due_ = after(wait);
+    replies_left_ = 1;
+    worst_ = {};
+}
+
+void SMTP::docmd(const std::string& cmd, handler then) {
+    check_command(cmd);
+    check_handler(then);
+    if (!connected) return then({-1, "not connected"});
+    stage = cmd.substr(0, cmd.find(' '));
+    expect(std::move(then), wait_.command);
+    async_chat::push(cmd + "\r\n");
+}
+
+void SMTP::ehlo(handler then) {
+    check_handler(then);
+    docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
+        does_esmtp = answer.code == 250;
+        esmtp_features.clear();
+        std::size_t end = answer.text.find('\n');
+        while (does_esmtp && end != std::string::npos) {
+            const std::size_t start = end + 1;
+            end = answer.text.find('\n', start);
+            const std::string_view line = std::string_view(answer.text).substr(start, end - start);
+            const std::size_t space = std::min(line.find_first_of(" ="), line.size());
+            esmtp_features[upper(line.substr(0, space))] = strip(line.substr(std::min(space + 1, line.size())));
+        }
+        then(answer);
+    });
+}
+
+void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
+
+void SMTP::ehlo_or_helo_if_needed(handler then) {
+    check_handler(then);
+    ehlo([this, then](const reply& answer) {
+        if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
+        helo(then);
+    });
+}
+
+// The name to greet with; an address literal when there is no better one.
+std::string SMTP::own_name() const {
+    if (!local_hostname.empty() || !connected) return local_hostname;
+    const address own = socket->getsockname();
+    if (own.family == AF_UNIX) return "localhost";
+    return (own.family == AF_INET6 ? "[IPv6:" : "[") + own.host + "]";
+}
+
+void SMTP::mail(const std::string& sender, const std::vector<std::string>& with, handler then) {
+    std::string cmd = "MAIL FROM:" + in_brackets(sender);
+    for (const auto& option : with) cmd += " " + option;
+    accepted_ = 0;
+    docmd(cmd, std::move(then));
+}
+
+void SMTP::rcpt(const std::string& recipient, handler then) {
+    check_handler(then);
+    docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
+        if (answer.code == 250 || answer.code == 251) ++accepted_;
+        then(answer);
+    });
+}
+
+void SMTP::data(letter msg, handler then) {
+    docmd("DATA", std::move(then));
+    if (!connected) return;
+    message_ = std::make_unique<message_producer>(std::move(msg));
+    next_ = awaited::go_ahead;
+    due_ = after(wait_.data_initiation);
+}
+
+void SMTP::send_message() {
+    stage = "message";
+    next_ = awaited::end;
+    replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
+    gone_out_ = false;
+    due_ = after(wait_.data_block);
+    push_with_producer(std::move(message_));
+}
+
+void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
+
+void SMTP::quit() {
+    // A message without its last dot is none.
+    if (!connected || stopped() || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
+    quitting_ = true;
+    due_ = std::min(due_, after(wait_.quit));   // first: if QUIT can't even be said, the session still ends
+    if (!then_) async_chat::push("QUIT\r\n");
+}
+
+void SMTP::forget() {
+    on_close = nullptr;
+    if (then_) then_ = [](const reply&) {};
+}
+
+void SMTP::abandon() noexcept {
+    try {
+        forget();
+        quit();
+    } catch (...) {
+        // it ends when it is due
+    }
+}
+
+// What sendmail() keeps between one command and the next.
+struct SMTP::mailing {
+    SMTP& session;
+    std::vector<std::string> to_addrs;
+    letter message;
+    bool all;
+    std::function<void(const reply&, const refused&)> then;
+    refused refused_so_far{};
+    reply last_refusal{554, "Error: no recipients"};
+    std::size_t next = 0;
+
+    static void say_RCPT(const std::shared_ptr<mailing>& it) {
+        if (it->next == it->to_addrs.size()) {
+            if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
+            return it->session.data(std::move(it->message),
+                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
+        }
+        it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
+            const bool yes = answer.code == 250 || answer.code == 251;
+            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = it->last_refusal = answer;
+            ++it->next;
+            if (!yes && (it->all || !it->session.connected)) return it->then(answer, it->refused_so_far);
+            say_RCPT(it);
+        });
+    }
+};
+
+void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
+                    const std::vector<std::string>& mail_options, bool all,
+                    std::function<void(const reply&, const refused&)> then) {
+    check_handler(then);
+    std::vector<std::string> with;
+    const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
+    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return then(no_SMTPUTF8, {});
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
+    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
+    mail(from_addr, with, [it](const reply& answer) {
+        if (answer.code != 250) return it->then(answer, {});
+        mailing::say_RCPT(it);
+    });
+}
+
+void SMTP::collect_incoming_data(std::string_view data) {
+    if (line_.size() + data.size() > maxline) return fail("the answer is too long");
+    line_ += data;
+}
+
+void SMTP::found_terminator() {
+    std::string line = std::exchange(line_, {});
+    while (!line.empty() && (line.back() == '\r' || line.back() == ' ' || line.back() == '\t')) line.pop_back();
+    const auto digit = [&](std::size_t i) { return i < line.size() && line[i] >= '0' && line[i] <= '9'; };
+    const bool numbered = digit(0) && line[0] >= '2' && line[0] <= '5' && digit(1) && digit(2);
+    const bool more = line.size() > 3 && line[3] == '-';
+    const int code = numbered ? std::stoi(line.substr(0, 3)) : -1;
+    if (!numbered || (line.size() > 3 && line[3] != ' ' && !more) || (answer_.code >= 0 && answer_.code != code))
+        return fail("the answer makes no sense");
+    for (char& c : line)
+        if (is_control(c) && c != '\t') c = ' ';
+    if (answer_.code >= 0) answer_.text += '\n';
+    answer_.code = code;
+    if (line.size() > 4) answer_.text.append(line, 4, line.npos);
+    if (answer_.text.size() > maxreply) return fail("the answer is too long");
+    if (!more) report(std::exchange(answer_, {}));
+}
+
+void SMTP::report(reply answer) {
+    if (!then_) return quitting_ ? close() : fail("an answer came without a command");
+    const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
+    const bool surplus = !ac_in_buffer().empty();
+    bool yes = !unfinished;
+    switch (next_) {
+        case awaited::greeting:
+            yes = answer.code == 220;
+            break;
+        case awaited::go_ahead:
+            yes = answer.code == 354;
+            if (yes && !surplus) return send_message();
+            break;
+        case awaited::end:
+            // Python: 250 alone. Any other yes would then be a reason to send the message again.
+            if (answer.code / 100 == 2) answer.code = 250;
+            break;
+        case awaited::answer:
+            break;
+    }
+    if (!yes && answer.code < 400) return fail("the answer makes no sense");
+    if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
+    const bool over = answer.code == 421 || unfinished;
+    if (--replies_left_ > 0 && !over) return;
+    // More answers than commands: the one to a message counts, it is the server's to keep now.
+    if (surplus && next_ != awaited::end && !over) return fail("there are more answers than commands");
+    next_ = awaited::answer;
+    message_ = nullptr;
+    due_ = asyncore::clock::time_point::max();
+    const handler then = std::exchange(then_, nullptr);
+    const reply decisive = worst_;
+    const bool leaving = quitting_;
+    if (over || surplus) close();
+    then(decisive);
+    if (leaving && connected) quit();
+}
+
+void SMTP::fail(const std::string& why) {
+    why_ = why;
+    close();
+}
+
+void SMTP::close() {
+    try {
+        async_chat::close();
+    } catch (const std::system_error&) {
+        // the descriptor is gone, and who waits has to know
+    }
+    producer_fifo.clear();
+    due_ = asyncore::clock::time_point::max();
+    say_closed();
+}
+
+// Each of the two is called, whatever the other one throws.
+void SMTP::say_closed() {
+    const auto closed = std::exchange(on_close, nullptr);
+    const auto then = std::exchange(then_, nullptr);
+    for (const bool first : {true, false}) {
+        try {
+            if (first && closed) closed();
+            if (!first && then) then({-1, why_});
+        } catch (const asyncore::ExitNow&) {
+            throw;
+        } catch (...) {
+            log_exception("uncaptured C++ exception at the end of");
+        }
+    }
+}
+
+void SMTP::handle_write() {
+    async_chat::handle_write();
+    if (next_ == awaited::end && !gone_out_) due_ = after(wait_.data_block);
+}
+
+void SMTP::handle_close() {
+    if (connecting) return attempt();
+    if (next_ == awaited::end && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
+        // The server takes no more of the message: it may have said why.
+        producer_fifo.clear();
+        handle_read();
+        if (!connected) return;
+    }
+    fail("the connection was closed");
+}
+
+void SMTP::handle_error() {
+    try {
+        throw;
+    } catch (const std::system_error& error) {
+        why_ = error.what();
+        if (connecting) return attempt();
+    } catch (...) {
+        log_exception("uncaptured C++ exception, closing channel");
+    }
+    close();
+}
+
+asyncore::clock::time_point SMTP::deadline() {
+    if (next_ == awaited::end && !gone_out_ && producer_fifo.empty()) {
+        gone_out_ = true;
+        due_ = after(wait_.data_termination);
+    }
+    return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
+}
+
+bool SMTP::stopped() const { return stop_by_ && *stop_by_ <= asyncore::clock::now(); }
+
+void SMTP::handle_timeout() {
+    if (stopped()) return fail("the server is shutting down");
+    if (due_ > asyncore::clock::now()) return async_chat::handle_timeout();
+    why_ = "no answer in time";
+    connecting ? attempt() : close();
+}
+
+SMTP::refused sendmail(const address& server, const std::string& from_addr, const std::vector<std::string>& to_addrs,
+                       std::string msg, const timeouts& wait, const sendmail_options& with) {
+    check_command(from_addr);
+    for (const auto& addr : to_addrs) check_command(addr);
+    asyncore::map_type map;
+    SMTP session(&map, wait);
+    session.local_hostname = with.local_hostname;
+    reply result;
+    std::string stage;
+    SMTP::refused refused;
+    const auto done = [&](const reply& answer, const SMTP::refused& some) {
+        result = answer;
+        refused = some;
+        stage = session.stage;
+        session.quit();
+    };
+    session.open(server, [&](const reply& answer) {
+        if (answer.code != 250) return done(answer, {});
+        session.sendmail(from_addr, to_addrs, std::move(msg), with.mail_options, false, done);
+    });
+    const auto end = after(with.total);
+    while (!map.empty()) {
+        const std::chrono::duration<double> left = end - asyncore::clock::now();
+        if (left.count() <= 0) session.close();
+        asyncore::poll(std::clamp(left.count(), 0.0, 30.0), &map);
+    }
+    if (result.code < 0 && result.text.empty()) result.text = "no answer in time";
+    if (result.code != 250) throw SMTPResponseException(result, stage, refused);
+    return refused;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// str: bytes that are mostly UTF-8
+// ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+bool is_ascii(std::string_view text) {
+    return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+}
+
+bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
+
+char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
+
+std::string upper(std::string_view text) {
+    std::string result(text);
+    for (char& c : result) c = upper(c);
+    return result;
+}
+
+// The length of the UTF-8 character that the text begins with; 0 when it is not one.
+std::size_t utf8_length(std::string_view text) {
+    const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+    const auto follows = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
+    const unsigned first = byte(0), second = byte(1);
+    if (first < 0x80) return text.empty() ? 0 : 1;
+    if (first < 0xc2 || first > 0xf4 || !follows(1)) return 0;
+    if (first < 0xe0) return 2;
+    if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || !follows(2)) return 0;
+    if (first < 0xf0) return 3;
+    if ((first == 0xf0 && second < 0x90) || (first == 0xf4 && second > 0x8f) || !follows(3)) return 0;
+    return 4;
+}
+
+// The bytes that whole UTF-8 characters take at the front of the text.
+std::size_t utf8_prefix(std::string_view text) {
+    std::size_t size = 0;
+    while (const std::size_t length = utf8_length(text.substr(size))) size += length;
+    return size;
+}
+
+bool is_utf8(std::string_view text) { return utf8_prefix(text) == text.size(); }
+
+// The length of the white space that the text begins with; or 0. Python: str.isspace()
+std::size_t space_length(std::string_view text) {
+    const std::size_t length = utf8_length(text);
+    if (length == 0) return 0;
+    unsigned c = static_cast<unsigned char>(text[0]);
+    if (length > 1) c &= 0x7fu >> length;
+    for (const char byte : text.substr(1, length - 1)) c = c << 6 | (static_cast<unsigned char>(byte) & 0x3f);
+    const bool space = c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f) || c == 0x85 || c == 0xa0 ||
+                       c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+                       c == 0x205f || c == 0x3000;
+    return space ? length : 0;
+}
+
+std::string_view lstrip(std::string_view text) {
+    while (const std::size_t length = space_length(text)) text.remove_prefix(length);
+    return text;
+}
+
+// Without white space at both ends. Python: str.strip()
+std::string_view strip(std::string_view text) {
+    text = lstrip(text);
+    while (!text.empty()) {
+        std::size_t last = text.size() - 1;   // where the last character begins
+        while (last > 0 && (text[last] & 0xc0) == 0x80) --last;
+        if (last + space_length(text.substr(last)) != text.size()) break;
+        text = text.substr(0, last);
+    }
+    return text;
+}
+
+std::string without_space(std::string_view text) {
+    std::string result;
+    while (!text.empty()) {
+        const std::size_t space = space_length(text);
+        if (space == 0) result += text[0];
+        text.remove_prefix(space ? space : 1);
+    }
+    return result;
+}
+
+// The words between blanks and tabs.
+std::vector<std::string> split(std::string_view text) {
+    std::vector<std::string> words;
+    words.reserve((text.size() + 1) / 2);
+    const auto blank = [](char c) { return c == ' ' || c == '\t'; };
+    for (auto end = text.begin(); end != text.end();) {
+        const auto begin = std::find_if_not(end, text.end(), blank);
+        end = std::find_if(begin, text.end(), blank);
+        if (begin != end) words.emplace_back(begin, end);
+    }
+    return words;
+}
+
+// ['a', 'b']. Python: repr() of a list
+std::string list_repr(const std::vector<std::string>& list) {
+    std::string text;
+    for (const auto& item : list) text += (text.empty() ? "" : ", ") + asyncore::repr(item);
+    return "[" + text + "]";
+}
+
+// Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
+// together is always in one piece, because it might have begun the terminator.
+void append_unstuffed(std::string& out, std::string_view in) {
+    const std::size_t before = out.size();
+    out.resize(before + in.size());
+    char* to = out.data() + before;
+    for (const char *from = in.data(), *const end = from + in.size(); from < end;) {
+        if (*from != '\r') {
+            for (int near = 0; near < 8 && from < end && *from != '\r'; ++near) *to++ = *from++;
+            if (from == end || *from == '\r') continue;   // short lines take no call
+            const std::string_view rest(from, static_cast<std::size_t>(end - from));
+            const std::size_t size = std::min(rest.find('\r'), rest.size());
+            to = std::copy_n(from, size, to);
+            from += size;
+        } else if (++from == end || *from != '\n') {
+            *to++ = '\r';
+        } else {
+            *to++ = '\n';
+            if (++from < end && *from == '.') ++from;
+        }
+    }
+    out.resize(static_cast<std::size_t>(to - out.data()));
+}
+
+// Whether a text that comes from a hook is one reply (RFC 5321, 4.2): three digits, then a space or the end, or a dash
+// and another line with the same digits.
+bool is_reply(std::string_view text) {
+    const std::string_view code = text.substr(0, 3);
+    if (code.size() < 3 || code[0] < '2' || code[0] > '5' || code.find_first_not_of("0123456789") != code.npos)
+        return false;
+    for (;;) {
+        const std::size_t end = text.find("\r\n");
+        const std::string_view line = text.substr(0, end);
+        const char mark = line.size() == 3 ? ' ' : line.substr(0, 3) == code ? line[3] : '?';
+        if (mark != (end == text.npos ? ' ' : '-') || line.find_first_of("\r\n") != line.npos) return false;
+        if (end == text.npos) return true;
+        text.remove_prefix(end + 2);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// email: the addresses of MAIL, RCPT and VRFY, after _header_value_parser.py
+// ---------------------------------------------------------------------------------------------------------
+
+// Reads an address from the front of `text`, and appends what is to be kept of it to `address`. RFC 2047 words are text
+// like any other; Python decodes them, and what they hide gets into the envelope.
+class address_parser {
+  public:
+    // Python raises one of two exceptions: after a HeaderParseError it tries another reading, after an IndexError none.
+    // A function that returns a bool can only meet the first, and then it has taken nothing but comments and white
+    // space.
+    enum result { ok, HeaderParseError, IndexError };
+
+    explicit address_parser(std::string_view input) : text(input) {}
+
+    result get_addr_spec();
+    result get_angle_addr();
+
+    std::string_view text;   // what has not been read yet
+    std::string address;
+
+  private:
+    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
+    bool next_is(char c) const { return !text.empty() && text[0] == c; }
+    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
+    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
+    void skip() { text.remove_prefix(1); }
+    void take() {
+        address += text[0];
+        skip();
+    }
+    void take(std::size_t size) {
+        address.append(text, 0, size);
+        text.remove_prefix(size);
+    }
+
+    void get_ptext(std::string_view ends);
+    void get_fws() { text = lstrip(text); }
+    bool get_atext();
+    void get_bare_quoted_string();
+    void get_comment();
+    bool get_cfws();
+    bool get_atom();
+    bool get_dot_atom();
+    bool get_word();
+    result get_local_part();
+    void get_obs_local_part();
+    result get_domain_literal();
+    result get_domain();
+    result get_obs_route();
+
+    static constexpr std::string_view WSP = " \t";
+    static constexpr std::string_view CFWS_LEADER = " \t(";
+    static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
+    static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
+    static constexpr std::string_view PHRASE_ENDS = ")<>@,:;[]";   // Python's has a backslash, and excepts it each time
+};
+
+// Text with its quoted pairs resolved, up to white space or one of `ends`.
+void address_parser::get_ptext(std::string_view ends) {
+    for (bool escape = false; !text.empty() && !in(text[0], WSP); skip()) {
+        if (!escape && in(text[0], ends)) return;
+        escape = text[0] == '\\' && !escape;
+        if (!escape) address += text[0];
+    }
+}
+
+bool address_parser::get_atext() {
+    const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
+    take(size);
+    return size > 0;
+}
+
+void address_parser::get_bare_quoted_string() {
+    skip();   // the quote
+    while (!text.empty() && text[0] != '"') {
+        if (in(text[0], WSP))
+            take(text.size() - lstrip(text).size());
+        else
+            get_ptext("\"");
+    }
+    if (!text.empty()) skip();
+}
+
+void address_parser::get_comment() {
+    int depth = 0;
+    do {
+        if (text[0] == '(') ++depth;
+        if (text[0] == ')') --depth;
+        const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
+        text.remove_prefix(escapes ? 2 : 1);
+    } while (depth > 0 && !text.empty());
+}
+
+// Comments and folding white space; whether there was any.
+bool address_parser::get_cfws() {
+    const std::size_t before = text.size();
+    while (next_in(CFWS_LEADER)) {
+        if (text[0] == '(')
+            get_comment();
+        else
+            get_fws();
+    }
+    return text.size() != before;
+}
+
+bool address_parser::get_atom() {
+    get_cfws();
+    if (!get_atext()) return false;
+    get_cfws();
+    return true;
+}
+
+bool address_parser::get_dot_atom() {
+    get_cfws();
+    const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
+    if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos) return false;
+    take(found.size());
+    get_cfws();
+    return true;
+}
+
+bool address_parser::get_word() {
+    get_cfws();
+    if (!next_is('"')) return get_atom();
+    get_bare_quoted_string();
+    get_cfws();
+    return true;
+}
+
+address_parser::result address_parser::get_local_part() {
+    const std::string_view start = text;
+    if (text.empty()) return IndexError;
+    get_cfws();
+    if (text.empty()) return HeaderParseError;
+    if (!get_dot_atom()) {
+        if (text == "\"") return IndexError;   // Python looks at the first item of nothing
+        if (!get_word() && ends_phrase()) return HeaderParseError;
+    }
+    if (ends_phrase()) return ok;
+    text = start;   // what follows is neither: read it all once more, by the obsolete grammar
+    address.clear();
+    get_obs_local_part();
+    return ok;
+}
+
+// Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between two
+// backslashes that are out of place.
+void address_parser::get_obs_local_part() {
+    for (char before = '.';;) {
+        const bool space = get_cfws();
+        if (ends_phrase()) return;
+        const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
+        if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
+        if (next != 'a')
+            take();
+        else if (next_is('"'))
+            get_bare_quoted_string();
+        else
+            get_atext();
+        before = next;
+    }
+}
+
+address_parser::result address_parser::get_domain_literal() {
+    take();   // the bracket
+    if (next_in(WSP)) get_fws();
+    get_ptext("[]");
+    if (next_in(WSP)) get_fws();
+    if (text.empty()) return IndexError;   // not closed
+    if (text[0] != ']') return HeaderParseError;
+    take();
+    get_cfws();
+    return ok;
+}
+
+address_parser::result address_parser::get_domain() {
+    if (text.empty()) return IndexError;
+    get_cfws();
+    if (text.empty()) return HeaderParseError;
+    if (text[0] == '[') return get_domain_literal();
+    if (!get_dot_atom() && !get_atom()) return HeaderParseError;
+    if (next_is('@')) return HeaderParseError;
+    while (next_is('.')) {
+        take();
+        if (!get_atom()) return HeaderParseError;
+    }
+    return ok;
+}
+
+address_parser::result address_parser::get_addr_spec() {
+    if (const result failure = get_local_part()) return failure;
+    if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
+        std::string quoted = "\"";
+        for (const char c : address) {
+            if (c == '"' || c == '\\') quoted += '\\';
+            quoted += c;
+        }
+        address = quoted + '"';
+    }
+    if (!next_is('@')) return ok;
+    take();
+    const std::size_t size = address.size();
+    if (const result failure = get_domain()) return failure;
+    const std::string domain = without_space(std::string_view(address).substr(size));
+    // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
+    if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return HeaderParseError;
+    address.replace(size, address.npos, domain);
+    return ok;
+}
+
+address_parser::result address_parser::get_obs_route() {
+    while (next_is(',') || next_in(CFWS_LEADER))
+        if (!get_cfws()) skip();
+    if (!next_is('@')) return HeaderParseError;
+    skip();
+    if (const result failure = get_domain()) return failure;
+    while (next_is(',')) {
+        skip();
+        if (text.empty()) break;
+        get_cfws();
+        if (text.empty()) return IndexError;
+        if (text[0] != '@') continue;
+        skip();
+        if (const result failure = get_domain()) return failure;
+    }
+    if (!next_is(':')) return HeaderParseError;
+    skip();
+    return ok;
+}
+
+address_parser::result address_parser::get_angle_addr() {
+    get_cfws();
+    if (!next_is('<')) return HeaderParseError;
+    skip();
+    if (text.empty()) return IndexError;
+    if (text[0] == '>') {
+        skip();
+        address = "<>";
+        return ok;
+    }
+    const std::string_view start = text;
+    result failure = get_addr_spec();
+    if (failure == HeaderParseError) {
+        text = start;
+        failure = get_obs_route();
+        address.clear();   // of the first reading, and of the route
+        if (!failure) failure = get_addr_spec();
+    }
+    if (failure) return failure;
+    if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
+    if (next_is('>')) skip();
+    get_cfws();
+    return ok;
+}
+
+bool parse_address(std::string_view arg, std::string& address, std::string_view& rest) {
+    address_parser parser(arg);
+    if (lstrip(arg).substr(0, 1) == "<" ? parser.get_angle_addr() : parser.get_addr_spec()) return false;
+    address = std::move(parser.address);
+    rest = parser.text;
+    return true;
+}
+
+}   // namespace
 
 }   // namespace v1
 }   // namespace smtpd

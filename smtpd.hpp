@@ -69,13 +69,13 @@ struct options {
     bool decode_data = false;                          // messages must be UTF-8; no 8BITMIME; not with SMTPUTF8
 
     // Not in Python.
-    std::string fqdn{};                               // the name in the banner; "": asyncore::getfqdn()
-    std::chrono::milliseconds idle_timeout{300000};   // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
-    std::chrono::milliseconds data_timeout{3600000};  // a message that brings less than 64 KiB in it gets 421
-    std::size_t connection_limit = 0;                 // clients at a time; then 421
-    std::size_t rcpt_limit = 1000;                    // recipients of a message; then 452
-    std::size_t reply_queue_limit = 1 << 20;          // bytes of replies that wait; then input waits too
-    timeouts upstream{};                              // PureProxy, MailmanProxy: for the servers they send to
+    std::string fqdn{};                                // the name in the banner; "": asyncore::getfqdn()
+    std::chrono::milliseconds idle_timeout{300000};    // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
+    std::chrono::milliseconds data_timeout{3600000};   // a message that brings less than 64 KiB in it gets 421
+    std::size_t connection_limit = 0;                  // clients at a time; then 421
+    std::size_t rcpt_limit = 1000;                     // recipients of a message; then 452
+    std::size_t reply_queue_limit = 1 << 20;           // bytes of replies that wait; then input waits too
+    timeouts upstream{};                               // PureProxy, MailmanProxy: for the servers they send to
     std::string mailman_lists = "/var/lib/mailman3/lists";   // MailmanProxy: one folder a list, NAME.DOMAIN
     asyncore::address mailman_lmtp{"127.0.0.1", 8024};       // MailmanProxy: where Mailman 3 takes messages
 };
@@ -184,8 +184,8 @@ class SMTPChannel : public asynchat::async_chat {
     // if (verb == "AUTH") return static_cast<command>(&MyChannel::smtp_AUTH);
     virtual command find_command(std::string_view verb);
 
-    // Take over the reply to the command or the message under way, in a hook or a method of a verb: what that returns is
-    // then ignored, and the channel pauses until the token's answer(). Calling it again gives the same token. In
+    // Take over the reply to the command or the message under way, in a hook or a method of a verb: what that returns
+    // is then ignored, and the channel pauses until the token's answer(). Calling it again gives the same token. In
     // refuse_MAIL and refuse_RCPT "" or a 2yz takes the address. Not in Python.
     deferred_reply defer();
 
@@ -270,18 +270,18 @@ class SMTPChannel : public asynchat::async_chat {
     void say_goodbye(std::string_view reply);
     void stop_when_idle();
 
-    deferred_reply::owed* owed_ = nullptr;   // the answer that is still to come
+    deferred_reply::owed* owed_ = nullptr;                // the answer that is still to come
     std::shared_ptr<deferred_reply::owed> asked_;         // that of the command under way, when it is deferred
     std::shared_ptr<deferred_reply::owed> left_behind_;   // an ExitNow leaves the loop: 451, should it be entered again
-    std::size_t declared_size_ = 0;          // SIZE= of this MAIL
-    std::size_t fetched_ = 0;                // bytes of replies, since the idle clock was set
-    std::size_t utf8_size_ = 0;              // bytes of received_lines that are known to be UTF-8
-    std::size_t data_left_ = 0;              // bytes until data_since_ is set anew
-    bool data_starts_ = false;               // the CR LF of the DATA line is still to come: see smtp_DATA
-    bool gathering_ = false;                 // an event is under way, and replies wait for its end
+    std::size_t declared_size_ = 0;                       // SIZE= of this MAIL
+    std::size_t fetched_ = 0;                             // bytes of replies, since the idle clock was set
+    std::size_t utf8_size_ = 0;                           // bytes of received_lines that are known to be UTF-8
+    std::size_t data_left_ = 0;                           // bytes until data_since_ is set anew
+    bool data_starts_ = false;                            // the CR LF of the DATA line is still to come: see smtp_DATA
+    bool gathering_ = false;                              // an event is under way, and replies wait for its end
     enum { nothing, sender, recipient } deferred_ = nothing;   // what a hook has put off refusing
-    bool executing_ = false;                 // a command is under way,
-    bool replied_ = false;                   // and it has pushed something
+    bool executing_ = false;                                   // a command is under way,
+    bool replied_ = false;                                     // and it has pushed something
 };
 
 // Listens, and makes a channel for each client. smtpd.py: SMTPServer
@@ -510,8 +510,8 @@ class LMTP : public SMTP {
 class SMTPResponseException : public std::runtime_error {
   public:
     reply answer;
-    std::string stage;         // what was answered so: "connect", "EHLO", "MAIL", "RCPT", "DATA", or "message"
-    SMTP::refused recipients;  // those that were refused, each with its reply
+    std::string stage;          // what was answered so: "connect", "EHLO", "MAIL", "RCPT", "DATA", or "message"
+    SMTP::refused recipients;   // those that were refused, each with its reply
     explicit SMTPResponseException(const reply& why, std::string at = {}, SMTP::refused who = {})
         : std::runtime_error(why.line()), answer(why), stage(std::move(at)), recipients(std::move(who)) {}
 };
