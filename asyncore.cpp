@@ -75,7 +75,7 @@ std::string _strerror(int err) { return std::generic_category().message(err); }
 
 namespace {
 
-map_type& given(map_type* map) { return map ? *map : default_socket_map(); }
+map_type& map_or_default(map_type* map) { return map ? *map : default_socket_map(); }
 
 // The one place where what a handler throws is caught.
 void deliver(dispatcher& obj, void (dispatcher::*event)()) {
@@ -128,10 +128,25 @@ struct map_type::visit {
     explicit visit(map_type& m) : map(m) { ++map.depth_; }
     ~visit() {
         --map.depth_;
-        map.bury_the_dead();
+        map.destroy_closed();
     }
     visit(const visit&) = delete;
     visit& operator=(const visit&) = delete;
+};
+
+// Bytes to receive into, lent for a while; a nested pass gets others.
+struct map_type::receive_buffer {
+    map_type& map;
+    std::vector<char> bytes;
+
+    receive_buffer(map_type& m, std::size_t size) : map(m), bytes(std::move(m.buffer_)) {
+        if (bytes.size() < size) bytes.resize(size);
+    }
+    ~receive_buffer() {
+        if (map.buffer_.size() < bytes.size()) map.buffer_.swap(bytes);
+    }
+    receive_buffer(const receive_buffer&) = delete;
+    receive_buffer& operator=(const receive_buffer&) = delete;
 };
 
 // One pass over a map: who waits for what, and until when.
@@ -270,7 +285,7 @@ struct map_type::pass : visit {
 };
 
 void poll(std::optional<double> timeout, map_type* map_) {
-    map_type& map = given(map_);
+    map_type& map = map_or_default(map_);
     if (timeout && !(*timeout >= 0)) throw std::invalid_argument("timeout must be non-negative");
     if (map.empty()) return;
     map_type::pass pass(map);
@@ -283,7 +298,7 @@ void poll(std::optional<double> timeout, map_type* map_) {
 }
 
 void poll2(std::optional<double> timeout, map_type* map_) {
-    map_type& map = given(map_);
+    map_type& map = map_or_default(map_);
     if (map.empty()) return;
     map_type::pass pass(map);
     pass.collect();
@@ -292,7 +307,7 @@ void poll2(std::optional<double> timeout, map_type* map_) {
 }
 
 void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
-    map_type& map = given(map_);
+    map_type& map = map_or_default(map_);
     while (!map.empty() && count.value_or(1) > 0) {
         if (use_poll)
             poll2(timeout, &map);
@@ -306,7 +321,7 @@ void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::opt
 // dispatcher
 // ---------------------------------------------------------------------------------------------------------
 
-dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(&given(map)) {
+dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(&map_or_default(map)) {
     if (!sock) return;
     sock->setblocking(false);
     try {
@@ -409,8 +424,8 @@ std::size_t dispatcher::send(std::string_view data) {
 }
 
 std::string dispatcher::recv(std::size_t buffer_size) {
-    receive_buffer buffer(*_map, buffer_size);
-    return std::string(buffer.data(), recv_into(buffer.data(), buffer_size));
+    map_type::receive_buffer buffer(*_map, buffer_size);
+    return std::string(buffer.bytes.data(), recv_into(buffer.bytes.data(), buffer_size));
 }
 
 std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
@@ -429,7 +444,7 @@ void dispatcher::close() {
     del_channel();
     if (owned_) {
         owned_ = false;
-        _map->graveyard_.splice(_map->graveyard_.end(), _map->owned_, self_);
+        _map->closed_.splice(_map->closed_.end(), _map->owned_, self_);
     }
     if (!socket) return;
     try {
@@ -551,7 +566,7 @@ std::size_t dispatcher_with_send::send(std::string_view data) {
 }
 
 void close_all(map_type* map_, bool ignore_all) {
-    map_type& map = given(map_);
+    map_type& map = map_or_default(map_);
     map_type::visit visit(map);
     for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
         dispatcher* obj = map.slots_[fd].object;
@@ -676,21 +691,22 @@ void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate()
 
 void async_chat::handle_read() {
     using namespace asyncore;
-    if (held_back_) return;   // first what has come before
+    if (input_waits_) return;   // first what has come before
     // What was left over goes in front of what is received, so that a terminator is always in one piece.
     const std::string left(input_);
-    receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
-    left.copy(buffer.data(), left.size());
+    asyncore::map_type::receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
+    char* const bytes = buffer.bytes.data();
+    left.copy(bytes, left.size());
     std::size_t received = 0;
     try {
-        received = recv_into(buffer.data() + left.size(), ac_in_buffer_size);
+        received = recv_into(bytes + left.size(), ac_in_buffer_size);
     } catch (const std::system_error& error) {
         const int err = error.code().value();
         if (err != EAGAIN && err != EWOULDBLOCK) handle_error();
         return;
     }
     if (received == 0) return;
-    input_ = std::string_view(buffer.data(), left.size() + received);
+    input_ = std::string_view(bytes, left.size() + received);
     consumed_ = 0;
     try {
         consume();
@@ -713,14 +729,14 @@ void async_chat::keep_input() {
 
 // Cuts the input at the terminators.
 void async_chat::consume() {
-    held_back_ = false;
+    input_waits_ = false;
     try {
         // Python goes on when the session has been closed in between; here it stops.
         bool more = true;
         while (more && !input_.empty() && connected && !stalled()) more = consume_some();
-        held_back_ = more && !input_.empty();
+        input_waits_ = more && !input_.empty();
     } catch (...) {
-        held_back_ = !input_.empty();   // Python looks at it when more has come, if ever
+        input_waits_ = !input_.empty();   // Python looks at it when more has come, if ever
         throw;
     }
 }
@@ -775,7 +791,7 @@ bool async_chat::consume_some() {
 }
 
 void async_chat::unread(std::string_view bytes) {
-    held_back_ = true;   // outside of a read event the loop comes for it
+    input_waits_ = true;   // outside of a read event the loop comes for it
     const std::string_view before(input_.data() - std::min(consumed_, bytes.size()), std::min(consumed_, bytes.size()));
     if (before == bytes) {   // they stand in front of it still
         input_ = {before.data(), before.size() + input_.size()};
@@ -863,7 +879,7 @@ void async_chat::push_with_producer(std::shared_ptr<producer> source) {
     initiate_send();
 }
 
-bool async_chat::readable() { return !stalled() && !held_back_; }
+bool async_chat::readable() { return !stalled() && !input_waits_; }
 
 bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
 
@@ -949,7 +965,7 @@ void async_chat::discard_input() {
     kept_.clear();
     incoming.clear();
     consumed_ = 0;
-    held_back_ = false;
+    input_waits_ = false;
 }
 
 void async_chat::discard_buffers() {
@@ -1301,17 +1317,17 @@ void map_type::remove(int fd, const dispatcher& object) noexcept {
 void map_type::own(std::unique_ptr<dispatcher> object) {
     if (!object) throw std::invalid_argument("there is no object to own");
     if (object->_map != this) throw std::invalid_argument("the object is registered with another map");
-    if (get(object->_fileno) != object.get()) return graveyard_.push_back(std::move(object));   // closed already
+    if (get(object->_fileno) != object.get()) return closed_.push_back(std::move(object));   // closed already
     dispatcher& it = *object;
     owned_.push_back(std::move(object));
     it.owned_ = true;
     it.self_ = std::prev(owned_.end());
 }
 
-void map_type::bury_the_dead() noexcept {
-    while (depth_ == 0 && !graveyard_.empty()) {
+void map_type::destroy_closed() noexcept {
+    while (depth_ == 0 && !closed_.empty()) {
         std::list<std::unique_ptr<dispatcher>> dead;   // a destructor may close, and so bury, another object
-        dead.swap(graveyard_);
+        dead.swap(closed_);
     }
 }
 
@@ -1319,26 +1335,13 @@ void map_type::clear() {
     slots_.clear();
     size_ = 0;
     for (auto& object : owned_) object->owned_ = false;
-    graveyard_.splice(graveyard_.end(), owned_);
-    bury_the_dead();
+    closed_.splice(closed_.end(), owned_);
+    destroy_closed();
 }
 
 map_type& default_socket_map() {
     static map_type map;
     return map;
-}
-
-receive_buffer::receive_buffer(map_type& map, std::size_t size)
-    : map_(map), data_(std::move(map.buffer_)), size_(std::exchange(map.buffer_size_, 0)) {
-    if (size_ >= size) return;
-    data_.reset(new char[size]);
-    size_ = size;
-}
-
-receive_buffer::~receive_buffer() {
-    if (map_.buffer_size_ >= size_) return;
-    map_.buffer_ = std::move(data_);
-    map_.buffer_size_ = size_;
 }
 
 }   // namespace v1

@@ -164,35 +164,33 @@ class map_type {
     // Everything leaves the map without being closed; what the map owns is destroyed.
     void clear();
 
-  private:
-    friend class dispatcher;
-    friend class receive_buffer;
-    friend void poll(std::optional<double>, map_type*);
-    friend void poll2(std::optional<double>, map_type*);
-    friend void close_all(map_type*, bool);
+    // The loop's own, in asyncore.cpp.
     struct visit;
     struct pass;
+    struct receive_buffer;
+
+  private:
+    friend class dispatcher;
+    friend void close_all(map_type*, bool);
     struct slot {
         dispatcher* object = nullptr;
         std::uint64_t registration = 0;
     };
     void add(int fd, dispatcher& object);
     void remove(int fd, const dispatcher& object) noexcept;
-    void bury_the_dead() noexcept;
+    void destroy_closed() noexcept;
 
     std::vector<slot> slots_;   // by descriptor
     std::size_t size_ = 0;
     std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
     int depth_ = 0;                     // passes under way, one inside the other
-    std::list<std::unique_ptr<dispatcher>> owned_, graveyard_;
-    std::vector<pollfd> wanted_;       // kept from pass to pass, to allocate once
-    std::unique_ptr<char[]> buffer_;   // see receive_buffer
-    std::size_t buffer_size_ = 0;
+    std::list<std::unique_ptr<dispatcher>> owned_, closed_;
+    std::vector<pollfd> wanted_;   // kept from pass to pass, to allocate once; so is
+    std::vector<char> buffer_;     // the receive buffer, which no two handlers use at a time
 };
 
 // The map used when none is given: it exists before the first object that needs it, whatever the link order.
 map_type& default_socket_map();
-// asyncore.py: socket_map
 inline map_type& socket_map = default_socket_map();
 
 // ---------------------------------------------------------------------------------------------------------
@@ -200,13 +198,10 @@ inline map_type& socket_map = default_socket_map();
 // ---------------------------------------------------------------------------------------------------------
 
 // One event, delivered to one object. What the handler throws goes to its handle_error(), but ExitNow passes.
-// asyncore.py: read
 void read(dispatcher& obj);
-// asyncore.py: write
 void write(dispatcher& obj);
 // asyncore.py: _exception
 void _exception(dispatcher& obj);
-// asyncore.py: readwrite
 void readwrite(dispatcher& obj, short flags);
 
 // One pass: wait at most `timeout` seconds (none: for ever) for events, deliver them, then the timeouts that
@@ -234,8 +229,6 @@ extern std::function<void(std::string_view message, std::string_view type)> log_
 // A socket and the handlers of its events. asyncore.py: dispatcher
 class dispatcher {
   public:
-    // asyncore.py: dispatcher.debug, dispatcher.connected, dispatcher.accepting, dispatcher.connecting
-    // asyncore.py: dispatcher.closing, dispatcher.addr, dispatcher.ignore_log_types
     bool debug = false;
     bool connected = false;
     bool accepting = false;
@@ -257,80 +250,57 @@ class dispatcher {
     std::string repr() const;
     virtual std::string class_name() const { return "asyncore.dispatcher"; }
 
-    // Whoever is registered with a second map leaves that one by del_channel(map): close() knows of _map alone.
-    // asyncore.py: dispatcher.add_channel
+    // close() unregisters from _map only. If you have registered with another map too, call del_channel(that_map).
     virtual void add_channel(map_type* map = nullptr);
-    // asyncore.py: dispatcher.del_channel
     virtual void del_channel(map_type* map = nullptr);
-    // asyncore.py: dispatcher.create_socket
     void create_socket(int family = AF_INET, int type = SOCK_STREAM);
     // The socket that create_socket() takes: override it for one of your own. Not in Python.
     virtual std::unique_ptr<socket_type> make_socket(int family, int type);
-    // asyncore.py: dispatcher.set_socket
     virtual void set_socket(std::unique_ptr<socket_type> sock, map_type* map = nullptr);
-    // asyncore.py: dispatcher.set_reuse_addr
     void set_reuse_addr();
 
     // These and deadline() are asked before each wait: is a read, or a write event wanted? What they throw leaves the
     // loop.
-    // asyncore.py: dispatcher.readable
     virtual bool readable() { return true; }
-    // asyncore.py: dispatcher.writable
     virtual bool writable() { return true; }
 
     // When handle_timeout() is due; time_point::max(): never. Not in Python.
     virtual clock::time_point deadline() { return never; }
 
-    // asyncore.py: dispatcher.listen
     virtual void listen(int num);
-    // asyncore.py: dispatcher.bind
     virtual void bind(const address& addr);
-    // asyncore.py: dispatcher.connect
     virtual void connect(const address& addr);
-    // Nothing when nobody waits, or the one who did has gone. asyncore.py: dispatcher.accept
+    // Nothing when no client waits, or the one that did has gone.
     virtual std::optional<std::pair<std::unique_ptr<socket_type>, address>> accept();
-    // The bytes that were taken; 0 when none were. asyncore.py: dispatcher.send
+    // The bytes that were taken; 0 when none were.
     virtual std::size_t send(std::string_view data);
     // "" after the end of input, handle_close() then has been called. Throws EAGAIN when there is nothing yet.
-    // asyncore.py: dispatcher.recv
     std::string recv(std::size_t buffer_size);
     // The same into a buffer of the caller's (Python's socket.recv_into): override this one to filter input.
     virtual std::size_t recv_into(char* buffer, std::size_t size);
-    // Closes the socket and leaves the map; allocates nothing; twice is harmless. asyncore.py: dispatcher.close
+    // Closes the socket and leaves the map; allocates nothing; twice is harmless.
     virtual void close();
 
-    // To stderr. asyncore.py: dispatcher.log
+    // To stderr.
     virtual void log(std::string_view message);
-    // To log_handler, or stdout without one, unless the type is one of ignore_log_types. asyncore.py:
-    // dispatcher.log_info
+    // To log_handler, or stdout without one, unless the type is one of ignore_log_types.
     virtual void log_info(std::string_view message, std::string_view type = "info");
 
     // What the loop calls.
-    // asyncore.py: dispatcher.handle_read_event
     virtual void handle_read_event();
-    // asyncore.py: dispatcher.handle_connect_event
     virtual void handle_connect_event();
-    // asyncore.py: dispatcher.handle_write_event
     virtual void handle_write_event();
-    // asyncore.py: dispatcher.handle_expt_event
     virtual void handle_expt_event();
 
-    // What a subclass overrides. handle_error() finds what was thrown in std::current_exception().
-    // logs, then handle_close(). asyncore.py: dispatcher.handle_error
+    // What a subclass overrides. handle_error() finds what was thrown in std::current_exception(); unless it is
+    // overridden, it logs that, then calls handle_close().
     virtual void handle_error();
-    // asyncore.py: dispatcher.handle_expt
     virtual void handle_expt();
-    // asyncore.py: dispatcher.handle_read
     virtual void handle_read();
-    // asyncore.py: dispatcher.handle_write
     virtual void handle_write();
-    // asyncore.py: dispatcher.handle_connect
     virtual void handle_connect();
-    // accept() -> handle_accepted(). asyncore.py: dispatcher.handle_accept
-    virtual void handle_accept();
-    // asyncore.py: dispatcher.handle_accepted
+    virtual void handle_accept();   // accept(), then handle_accepted()
     virtual void handle_accepted(std::unique_ptr<socket_type> sock, const address& addr);
-    // asyncore.py: dispatcher.handle_close
     virtual void handle_close();
     virtual void handle_timeout();   // deadline() has passed: closes, unless overridden. Not in Python.
 
@@ -358,28 +328,21 @@ class dispatcher_with_send : public dispatcher {
 
     using dispatcher::dispatcher;
     std::string class_name() const override { return "asyncore.dispatcher_with_send"; }
-    // asyncore.py: dispatcher_with_send.initiate_send
     void initiate_send();
-    // asyncore.py: dispatcher_with_send.handle_write
     void handle_write() override;
-    // asyncore.py: dispatcher_with_send.writable
     bool writable() override;
-    // takes all of it. asyncore.py: dispatcher_with_send.send
-    std::size_t send(std::string_view data) override;
+    std::size_t send(std::string_view data) override;   // takes all of it
 };
 
 // A file, pipe or terminal with a socket's face; the descriptor given is duplicated. asyncore.py: file_wrapper
 class file_wrapper : public socket_type {
   public:
     explicit file_wrapper(int fd);
-    // asyncore.py: file_wrapper.recv
     std::size_t recv(char* buffer, std::size_t size, int flags = 0) override;
-    // asyncore.py: file_wrapper.send
     std::size_t send(std::string_view data, int flags = 0) override;
-    // asyncore.py: file_wrapper.read, file_wrapper.write
     std::size_t read(char* buffer, std::size_t size) { return recv(buffer, size); }
     std::size_t write(std::string_view data) { return send(data); }
-    // SO_ERROR is 0; anything else is NotImplementedError. asyncore.py: file_wrapper.getsockopt
+    // SO_ERROR is 0; anything else is NotImplementedError.
     int getsockopt(int level, int option) const override;
 };
 
@@ -388,7 +351,6 @@ class file_dispatcher : public dispatcher {
   public:
     explicit file_dispatcher(int fd, map_type* map = nullptr);
     std::string class_name() const override { return "asyncore.file_dispatcher"; }
-    // asyncore.py: file_dispatcher.set_file
     void set_file(int fd);
 };
 
@@ -412,21 +374,6 @@ class trigger : public file_dispatcher {
     std::deque<std::function<void()>> thunks_;
 };
 
-// The loop's one receive buffer, lent for a while; a nested pass gets another.
-class receive_buffer {
-  public:
-    receive_buffer(map_type& map, std::size_t size);
-    ~receive_buffer();
-    receive_buffer(const receive_buffer&) = delete;
-    receive_buffer& operator=(const receive_buffer&) = delete;
-    char* data() noexcept { return data_.get(); }
-
-  private:
-    map_type& map_;
-    std::unique_ptr<char[]> data_;
-    std::size_t size_ = 0;
-};
-
 }   // namespace v1
 }   // namespace asyncore
 
@@ -444,11 +391,10 @@ class producer {
     virtual std::string more() = 0;
 };
 
-// asynchat.py: simple_producer
+// Gives its data in pieces. asynchat.py: simple_producer
 class simple_producer : public producer {
   public:
     explicit simple_producer(std::string data, std::size_t buffer_size = 512);
-    // asynchat.py: simple_producer.more
     std::string more() override;
 
   private:
@@ -457,27 +403,18 @@ class simple_producer : public producer {
 };
 
 // How many bytes at the end of `haystack` may begin `needle`, the whole needle excepted.
-// asynchat.py: find_prefix_at_end
 std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needle);
 
 // A session: input is cut at a terminator, output is queued. Derive from it and override
 // collect_incoming_data() and found_terminator(). Any call that sends may find the peer gone and close the
 // object: look at `connected` when it matters. asynchat.py: async_chat
 class async_chat : public asyncore::dispatcher {
-    // What the loop asks for before each wait stands together. Input waits while the session is paused, for good when
-    // it is over, and while more than ac_out_queue_limit is queued (see stalled()).
-    bool paused_ = false;       // pause() to resume()
-    bool input_over_ = false;   // end_input()
-    bool held_back_ = false;    // consume() has stopped because of these; it goes on in handle_timeout()
-    asyncore::clock::time_point look_again_at_{};   // whether the peer of a paused session is still there
-
   public:
     // None: no end; a number of bytes; or the bytes that end the input.
     using terminator = std::variant<std::monostate, std::size_t, std::string>;
     struct close_mark {};
     using fifo_item = std::variant<std::string, std::shared_ptr<producer>, close_mark>;
 
-    // asynchat.py: async_chat.ac_in_buffer_size, async_chat.ac_out_buffer_size
     std::size_t ac_in_buffer_size = 65536;    // bytes asked of one recv()
     std::size_t ac_out_buffer_size = 65536;   // bytes given to one send()
     std::size_t ac_out_queue_limit = 0;       // bytes queued past which input waits too; 0: none. Not in Python.
@@ -487,28 +424,19 @@ class async_chat : public asyncore::dispatcher {
     explicit async_chat(std::unique_ptr<asyncore::socket_type> sock = nullptr, asyncore::map_type* map = nullptr);
     std::string class_name() const override { return "asynchat.async_chat"; }
 
-    // asynchat.py: async_chat.collect_incoming_data
     virtual void collect_incoming_data(std::string_view data);
-    // asynchat.py: async_chat._collect_incoming_data
     void _collect_incoming_data(std::string_view data);
-    // asynchat.py: async_chat._get_data
     std::string _get_data();
-    // asynchat.py: async_chat.found_terminator
     virtual void found_terminator();
 
     // A number is used up as it is met: then 0, no terminator. Negative: std::invalid_argument.
-    // asynchat.py: async_chat.set_terminator
     void set_terminator(std::string_view term);
     void set_terminator(std::ptrdiff_t count);
     void set_terminator(std::nullopt_t none);
-    // asynchat.py: async_chat.get_terminator
     const terminator& get_terminator() const { return terminator_; }
 
-    // asynchat.py: async_chat.handle_read
     void handle_read() override;
-    // asynchat.py: async_chat.handle_write
     void handle_write() override;
-    // asynchat.py: async_chat.handle_close
     void handle_close() override;
     // What is queued goes to the old socket first. Throws EAGAIN when that takes no more.
     void set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map = nullptr) override;
@@ -517,19 +445,12 @@ class async_chat : public asyncore::dispatcher {
     void handle_timeout() override;
 
     // Output is sent at once, as far as it goes; the rest when there is room.
-    // asynchat.py: async_chat.push
     virtual void push(std::string_view data);
-    // asynchat.py: async_chat.push_with_producer
     void push_with_producer(std::shared_ptr<producer> source);
-    // asynchat.py: async_chat.readable
     bool readable() override;
-    // asynchat.py: async_chat.writable
     bool writable() override;
-    // asynchat.py: async_chat.close_when_done
     void close_when_done();
-    // asynchat.py: async_chat.initiate_send
     void initiate_send();
-    // asynchat.py: async_chat.discard_buffers
     void discard_buffers();
     void discard_input();   // what has been received and not been handled; output stays. Not in Python.
 
@@ -555,10 +476,10 @@ class async_chat : public asyncore::dispatcher {
     // push() without sending: initiate_send() does that.
     void queue(std::string_view data);
     // Input has waited, and need not any longer.
-    bool must_go_on() const { return held_back_ && !stalled(); }
+    bool must_go_on() const { return input_waits_ && !stalled(); }
 
   private:
-    // Input has to wait.
+    // Input has to wait: the session is paused, or over, or more than ac_out_queue_limit is queued.
     bool stalled() const { return paused_ || input_over_ || (ac_out_queue_limit && queued() > ac_out_queue_limit); }
     void consume();
     bool consume_some();
@@ -568,12 +489,16 @@ class async_chat : public asyncore::dispatcher {
     void refill();
 
     terminator terminator_;
-    std::string kept_;           // input between two reads
-    std::string_view input_;     // what is to be consumed: in kept_, or in the loop's receive buffer
-    std::string spare_;          // an empty string with room, so that a reply needs no allocation
-    std::size_t consumed_ = 0;   // bytes that stand in front of input_ still
-    std::size_t sent_ = 0;       // bytes of the first item that have gone
-    bool sending_ = false;       // initiate_send() is under way, and the queue has not been discarded in it
+    bool paused_ = false;        // pause() to resume()
+    bool input_over_ = false;    // end_input()
+    bool input_waits_ = false;   // consume() has stopped for one of these; it goes on in handle_timeout()
+    asyncore::clock::time_point look_again_at_{};   // whether the peer of a paused session is still there
+    std::string kept_;                              // input between two reads
+    std::string_view input_;                        // what is to be consumed: in kept_, or in the loop's receive buffer
+    std::string spare_;                             // an empty string with room, so that a reply needs no allocation
+    std::size_t consumed_ = 0;                      // bytes that stand in front of input_ still
+    std::size_t sent_ = 0;                          // bytes of the first item that have gone
+    bool sending_ = false;   // initiate_send() is under way, and the queue has not been discarded in it
 };
 
 }   // namespace v1

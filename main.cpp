@@ -92,7 +92,6 @@ Version: %version%
 
 // smtpd.py: Options
 struct Options {
-    // smtpd.py: Options.setuid, Options.classname
     bool setuid = true;
     std::string classname = "PureProxy";
     smtpd::options with;   // size_limit and enable_SMTPUTF8 among them

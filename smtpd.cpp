@@ -750,7 +750,7 @@ void SMTPServer::stop(std::chrono::milliseconds grace) {
     }
 }
 
-asyncore::clock::time_point SMTPServer::deadline() { return resting_ ? rested_ : asyncore::clock::time_point::max(); }
+asyncore::clock::time_point SMTPServer::deadline() { return accepting_paused_ ? accept_again_at_ : asyncore::clock::time_point::max(); }
 
 // Python takes one client a pass, and closes the listener when accept() fails, or what is called with the client.
 void SMTPServer::handle_accept() {
@@ -768,7 +768,7 @@ void SMTPServer::handle_accept() {
             log_exception("cannot accept a client of");
             return turn_away();
         } catch (const std::bad_alloc&) {
-            return rest();
+            return pause_accepting();
         }
         if (!pair) return;
         try {
@@ -782,14 +782,14 @@ void SMTPServer::handle_accept() {
 }
 
 // Does not listen for a moment, lest the loop spin.
-void SMTPServer::rest() {
-    resting_ = true;
-    rested_ = asyncore::clock::now() + std::chrono::milliseconds(100);
+void SMTPServer::pause_accepting() {
+    accepting_paused_ = true;
+    accept_again_at_ = asyncore::clock::now() + std::chrono::milliseconds(100);
 }
 
 // Descriptors have run out: the spare one serves to tell a client so.
 void SMTPServer::turn_away() {
-    rest();
+    pause_accepting();
     try {
         spare_.close();
         if (auto pair = accept()) pair->first->send(too_many_connections);

@@ -126,7 +126,6 @@ class SMTPChannel : public asynchat::async_chat {
   public:
     std::chrono::milliseconds idle_timeout, data_timeout;
 
-    // smtpd.py: SMTPChannel.COMMAND, SMTPChannel.DATA
     enum state { COMMAND = 0, DATA = 1 };
     using argument = std::optional<std::string_view>;   // what follows the verb; None when there is no space
     using command = void (SMTPChannel::*)(argument);
@@ -149,10 +148,8 @@ class SMTPChannel : public asynchat::async_chat {
     std::string fqdn;
     asyncore::address peer;
 
-    // smtpd.py: SMTPChannel.command_size_limit, SMTPChannel.command_size_limits
     std::size_t command_size_limit = 512;                     // bytes of a line, without CR LF
     std::map<std::string, std::size_t> command_size_limits;   // by verb, after EHLO
-    // smtpd.py: SMTPChannel.max_command_size_limit
     std::size_t max_command_size_limit() const;
 
     std::size_t rcpt_limit;
@@ -171,13 +168,11 @@ class SMTPChannel : public asynchat::async_chat {
     void stop(asyncore::clock::time_point bound);
 
     // A line; CR LF is added. Several: push(reply{250, "one\ntwo"}.line()). What is pushed in one event of the loop is
-    // sent together. smtpd.py: SMTPChannel.push
+    // sent together.
     void push(std::string_view msg) override;
     void handle_read() override;
     void set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map = nullptr) override;
-    // smtpd.py: SMTPChannel.collect_incoming_data
     void collect_incoming_data(std::string_view data) override;
-    // smtpd.py: SMTPChannel.found_terminator
     void found_terminator() override;
 
     // The method of a verb, given in upper case; null: there is none. Override it to add verbs:
@@ -189,27 +184,16 @@ class SMTPChannel : public asynchat::async_chat {
     // refuse_MAIL and refuse_RCPT "" or a 2yz takes the address. Not in Python.
     deferred_reply defer();
 
-    // smtpd.py: SMTPChannel.smtp_HELO
     virtual void smtp_HELO(argument arg);
-    // smtpd.py: SMTPChannel.smtp_EHLO
     virtual void smtp_EHLO(argument arg);
-    // smtpd.py: SMTPChannel.smtp_NOOP
     virtual void smtp_NOOP(argument arg);
-    // smtpd.py: SMTPChannel.smtp_QUIT
     virtual void smtp_QUIT(argument arg);
-    // smtpd.py: SMTPChannel.smtp_HELP
     virtual void smtp_HELP(argument arg);
-    // smtpd.py: SMTPChannel.smtp_VRFY
     virtual void smtp_VRFY(argument arg);
-    // smtpd.py: SMTPChannel.smtp_MAIL
     virtual void smtp_MAIL(argument arg);
-    // smtpd.py: SMTPChannel.smtp_RCPT
     virtual void smtp_RCPT(argument arg);
-    // smtpd.py: SMTPChannel.smtp_RSET
     virtual void smtp_RSET(argument arg);
-    // smtpd.py: SMTPChannel.smtp_DATA
     virtual void smtp_DATA(argument arg);
-    // smtpd.py: SMTPChannel.smtp_EXPN
     virtual void smtp_EXPN(argument arg);
 
     void close() override;
@@ -223,15 +207,13 @@ class SMTPChannel : public asynchat::async_chat {
     // Name and value (none: True in Python), as they were given; where a name comes twice, the last one counts.
     using parameters = std::vector<std::pair<std::string_view, std::optional<std::string_view>>>;
 
-    // What is left of `arg` after the keyword, stripped; "" without it. smtpd.py: SMTPChannel._strip_command_keyword
+    // What is left of `arg` after the keyword, stripped; "" without it.
     static std::string_view _strip_command_keyword(std::string_view keyword, std::string_view arg);
-    // The address and what follows it; nothing when it is malformed. smtpd.py: SMTPChannel._getaddr
+    // The address and what follows it; nothing when it is malformed.
     static std::optional<std::pair<std::string, std::string_view>> _getaddr(std::string_view arg);
-    // The parameters; nothing when one is malformed. smtpd.py: SMTPChannel._getparams
+    // The parameters; nothing when one is malformed.
     static std::optional<parameters> _getparams(const std::vector<std::string>& params);
-    // smtpd.py: SMTPChannel._set_post_data_state
     void _set_post_data_state();
-    // smtpd.py: SMTPChannel._set_rset_state
     void _set_rset_state();
 
     // A sender or a recipient that is written as it should be: "" takes it, with 250 OK; anything else is the reply
@@ -299,13 +281,13 @@ class SMTPServer : public asyncore::dispatcher {
     // Whether it passes on mail to wherever it is addressed, for whoever connects.
     virtual bool relays() const { return false; }
 
-    // Makes the channel of a client: override it to use one of your own. smtpd.py: SMTPServer.channel_class
+    // Makes the channel of a client: override it to use one of your own.
     virtual std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                        const asyncore::address& from);
 
     // Called with each message; override it. `data` is the channel's received_data: read it, or move from it
     // to keep it. Line ends are \n, and the last line has none; the empty sender is "<>". Returns the reply, nothing
-    // for 250 OK. What it throws is logged, and the client gets 451. smtpd.py: SMTPServer.process_message
+    // for 250 OK. What it throws is logged, and the client gets 451.
     virtual std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                        const std::vector<std::string>& rcpttos, std::string&& data,
                                                        const message_options& kwargs);
@@ -316,23 +298,22 @@ class SMTPServer : public asyncore::dispatcher {
     // Throws when it can't do its work as it is set up. The program asks once, when it has dropped its privileges.
     virtual void check_settings() const {}
 
-    bool readable() override { return !resting_; }
+    bool readable() override { return !accepting_paused_; }
     asyncore::clock::time_point deadline() override;
-    void handle_timeout() override { resting_ = false; }
+    void handle_timeout() override { accepting_paused_ = false; }
     void handle_accept() override;
-    // smtpd.py: SMTPServer.handle_accepted
     void handle_accepted(std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr) override;
 
   private:
     friend class SMTPChannel;
     void turn_away();
-    void rest();
+    void pause_accepting();
 
     std::set<SMTPChannel*> channels_;
     std::size_t message_size_ = 0;   // bytes of the last message, as they came
     asyncore::socket_type spare_;    // given up for a moment when descriptors run out
-    asyncore::clock::time_point rested_{};
-    bool resting_ = false;
+    asyncore::clock::time_point accept_again_at_{};
+    bool accepting_paused_ = false;
 };
 
 // Prints each message on stdout. A stdout that can't be written to is ExitNow. smtpd.py: DebuggingServer
@@ -340,13 +321,11 @@ class DebuggingServer : public SMTPServer {
   public:
     using SMTPServer::SMTPServer;
     std::string class_name() const override { return "smtpd.DebuggingServer"; }
-    // smtpd.py: DebuggingServer.process_message
     std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const message_options& kwargs) override;
 
   protected:
-    // smtpd.py: DebuggingServer._print_message_content
     void _print_message_content(const asyncore::address& peer, std::string_view data, std::ostream& out) const;
 };
 
@@ -549,13 +528,13 @@ class PureProxy : public SMTPServer {
                                                const asyncore::address& addr) override;
 
     // Inserts X-Peer and sends the message on. To filter, override it, and call this one for what shall pass; a
-    // changed sender or recipients are fine: the message then goes by _deliver(). smtpd.py: PureProxy.process_message
+    // changed sender or recipients are fine: the message then goes by _deliver().
     std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const message_options& kwargs) override;
 
     // Sends a whole message by a connection of its own, to all of the recipients or to none; `then` gets the
-    // answer. smtpd.py: PureProxy._deliver
+    // answer.
     void _deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
                   SMTP::handler then);
 
@@ -636,7 +615,6 @@ class MailmanProxy : public PureProxy {
   public:
     using PureProxy::PureProxy;
     std::string class_name() const override { return "smtpd.MailmanProxy"; }
-    // smtpd.py: MailmanProxy.process_message
     std::optional<std::string> process_message(const asyncore::address& peer, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const message_options& kwargs) override;

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Every public Python name has its twin in the C++ sources, or a reason in the README.
+"""Every public Python name has its twin in the C++ sources, or a reason; and the twins stand in Python's order.
 
     names.py [ROOT]        ROOT: the directory of asyncore.hpp and the others
 
-Python's asyncore, asynchat and smtpd are read with `ast`, never imported.  A name counts as ported
-when a comment line such as
-    // smtpd.py: SMTPChannel.found_terminator
-stands directly above the declaration or definition of its twin.  One comment may name several
-(`// asyncore.py: poll2, poll3`): their twins are then in the lines below it, up to an empty line.
-A comment that stands behind its twin, on the same line, is checked but does not count.
-A name that is not ported is named, in backticks, in the first column of the README's table
-'Not ported'.  An anchor or a row that names something unknown to Python fails as well.
+Python's asyncore, asynchat and smtpd are read with `ast`, never imported.  A comment such as
+    // asyncore.py: dispatcher
+above a class in a header is its anchor: the members that Python's class has are then looked for in that class, and
+functions of a module in its namespace, under their own names.  A name that differs has an anchor of its own,
+    // asyncore.py: dispatcher.__repr__
+above the declaration of its twin.  One comment may name several (`// asyncore.py: poll2, poll3`): their twins are then
+in the lines below it, up to an empty line.
+A name that is not ported is named, in backticks, in the first column of the table 'Not ported' of tests/DEVIATIONS.md.
+An anchor or a row that names something unknown to Python fails as well.  So does a definition in asyncore.cpp,
+smtpd.cpp or main.cpp that stands before another one which Python has before it.
 """
 
 import ast
@@ -105,6 +107,63 @@ def code_below(lines, i, whole_block):
     return code
 
 
+def code_only(text):
+    return re.sub(r'//[^\n]*', '', text)
+
+
+def class_bodies(path):
+    """(module, class, text of the body) of each class that an anchor stands above."""
+    text = path.read_text(encoding='utf-8')
+    for found in re.finditer(r'//[^\n]*\b(asyncore|asynchat|smtpd)\.py: (\w+)\n(?://[^\n]*\n)*(?:class|struct) \w+[^;{]*{', text):
+        depth, end = 1, found.end()
+        while depth and end < len(text):
+            depth += {'{': 1, '}': -1}.get(text[end], 0)
+            end += 1
+        yield found[1], found[2], code_only(text[found.end():end])
+
+
+def declared(name, code):
+    return re.search(r'(?<![\w.>])%s(?!\w)' % re.escape(twin(name)), code) is not None
+
+
+def definitions(path):
+    """The qualified names of what a source defines, as Python would write them, in their order."""
+    renamed = {ours: theirs for theirs, ours in RENAMED.items()}
+    pattern = r'^(?!//|#|    |using |return )(?:[\w:<>,&*\[\] ]+[ &*])?(?:(\w+)::)?(~?\w+)\([^;]*?\{'
+    for found in re.finditer(pattern, code_only(path.read_text(encoding='utf-8')), re.M):
+        owner, name = found[1], renamed.get(found[2], found[2])
+        yield owner + '.' + ('__init__' if name == owner else name) if owner else name
+
+
+def out_of_order(root, order):
+    """What stands before another one that Python has before it."""
+    for name in ('asyncore.cpp', 'smtpd.cpp', 'main.cpp'):
+        if not (root / name).exists():
+            continue
+        last, place = '', -1
+        for defined in dict.fromkeys(definitions(root / name)):
+            if defined not in order:
+                continue
+            if order[defined] < place:
+                yield '%s: %s stands behind %s, in Python before it' % (name, defined, last)
+            last, place = defined, max(order[defined], place)
+
+
+def functions(module):
+    """The functions of a module and of its classes, in their order."""
+    tree = ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text(encoding='utf-8'))
+
+    def walk(body, prefix):
+        for node in body:
+            if isinstance(node, ast.FunctionDef):
+                yield prefix + node.name
+            elif isinstance(node, ast.ClassDef):
+                yield from walk(node.body, node.name + '.')
+            elif isinstance(node, ast.If) and not is_main(node):
+                yield from walk(node.body, prefix)
+    return list(dict.fromkeys(walk(tree.body, '')))
+
+
 def not_ported(readme):
     """The names in backticks in the first column of the table 'Not ported'."""
     text = readme.read_text(encoding='utf-8') if readme.exists() else ''
@@ -136,16 +195,34 @@ def main():
             elif above:
                 ported.add((module, name))
 
+    order, number = {}, 0
+    for module in MODULES:
+        for name in functions(module):
+            order.setdefault(name, number)
+            number += 1
+    faults += out_of_order(root, order)
+
+    for path in (root / name for name in SOURCES):
+        if not path.exists():
+            continue
+        for module, owner, body in class_bodies(path):
+            ported.update((module, n) for n in known[module]
+                          if n.startswith(owner + '.') and declared(n.replace('.=', '.'), body))
+        namespaces = re.findall(r'^namespace (\w+) {(.*?)^}   // namespace \1', path.read_text(encoding='utf-8'), re.M | re.S)
+        for module, text in namespaces:
+            ported.update((module, n) for n in known.get(module, ()) if '.' not in n and declared(n, code_only(text)))
+
     wanted = [(m, n) for m in MODULES for n in sorted(known[m]) if public(n)]
-    rows = list(not_ported(root / 'README.md'))
+    papers = root / 'tests/DEVIATIONS.md'
+    rows = list(not_ported(papers if papers.exists() else root / 'README.md'))
     for token in rows:
         means = [(m, n) for m in MODULES for n in known[m] if same(token, m, n.replace('.=', '.'))]
         if not means:
-            faults.append("README.md, 'Not ported': Python has no %s" % token)
-        faults += ["README.md, 'Not ported': %s is anchored" % token for m in means if m in ported]
+            faults.append("'Not ported': Python has no %s" % token)
+        faults += ["'Not ported': %s is anchored" % token for m in means if m in ported]
     missing = [(m, n) for m, n in wanted
                if (m, n) not in ported and not any(same(t, m, n) for t in rows)]
-    faults += ['%s.%s: no anchor and no row in the README' % name for name in missing]
+    faults += ["%s.%s: no twin and no row in 'Not ported'" % name for name in missing]
     for fault in faults:
         print(fault)
     print('%d public names: %d ported, %d not ported, %d missing; %d faults'

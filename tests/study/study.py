@@ -389,7 +389,7 @@ class Source:
                 words = [h.text for h in head]
                 if 'namespace' in words[:2]:
                     names = words[words.index('namespace') + 1:]
-                    scopes.append(('namespace', ''.join(names)))
+                    scopes.append(('namespace', '' if words[0] == 'inline' else ''.join(names)))
                     return i + 1
                 if words[:1] == ['extern'] and paren is None:
                     scopes.append(('namespace', ''))
