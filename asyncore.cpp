@@ -62,6 +62,8 @@ void set_nonblocking(int fd, bool flag) {
 
 }   // namespace
 
+// Errors that only say that the peer is gone are no errors for a server: send() and recv() call handle_close() for
+// them. EBADF is among them, as in Python, because a handler may have closed the socket in the same event.
 bool DISCONNECTED(int err) noexcept {
     return err == ECONNRESET || err == ENOTCONN || err == ESHUTDOWN || err == ECONNABORTED || err == EPIPE ||
            err == EBADF;
@@ -77,7 +79,8 @@ namespace {
 
 map_type& map_or_default(map_type* map) { return map ? *map : default_socket_map(); }
 
-// The one place where what a handler throws is caught.
+// The one place where the loop catches what a handler throws. ExitNow is the way out of loop(), so it passes. Anything
+// else belongs to the object: its handle_error() logs it and closes, and the other objects go on.
 void deliver(dispatcher& obj, void (dispatcher::*event)()) {
     try {
         (obj.*event)();
@@ -96,6 +99,8 @@ void write(dispatcher& obj) { deliver(obj, &dispatcher::handle_write_event); }
 
 void _exception(dispatcher& obj) { deliver(obj, &dispatcher::handle_expt_event); }
 
+// What poll() reports for one object, which may be several things at a time. The order is Python's: input first, so
+// that what a peer has sent before it hung up is read.
 void readwrite(dispatcher& obj, short flags) {
     // Python does not look again between the steps; here an object that one step closed is left alone.
     const map_type& map = *obj._map;
@@ -121,7 +126,14 @@ void readwrite(dispatcher& obj, short flags) {
     }
 }
 
-// While the map is visited, what closes is not destroyed.
+// The life of an object. Its constructor registers it: the map's slot for its descriptor points to it and has a number
+// that no other registration gets. close() empties that slot at once and closes the descriptor, so the system may give
+// the same descriptor to another object before the pass is over. The object itself may still be running: a handler that
+// closes it is one of its own functions. So close() only moves an object that the map owns to the list closed_ (a list
+// node changes its list; nothing is allocated and nothing can fail). The list is emptied when the outermost pass over
+// the map ends, which is when no function of any of them can be running. An object that its maker owns is not touched.
+//
+// While a visit lives, what closes is not destroyed. Visits nest: a handler may run loop() itself.
 struct map_type::visit {
     map_type& map;
 
@@ -149,7 +161,19 @@ struct map_type::receive_buffer {
     receive_buffer& operator=(const receive_buffer&) = delete;
 };
 
-// One pass over a map: who waits for what, and until when.
+// One pass over a map has four steps.
+//
+//   collect   asks each object whether it wants to read and to write, and when its deadline is
+//   wait      waits in select() or poll() until an event comes, or until the nearest deadline
+//   deliver   calls read(), write() and _exception() for the objects that have an event
+//   expire    calls handle_timeout() of those whose deadline has passed
+//
+// Any handler may close any object and make new ones. So an event is not delivered to a descriptor, nor to a pointer:
+// it is delivered to the object that has the descriptor now, if that was registered before the pass began to collect. A
+// newcomer on the same descriptor has a higher number and gets nothing that was meant for another.
+//
+// Timers are not kept anywhere. Each object answers deadline() anew before each wait, so there is no list to keep in
+// order and none to clean up when an object closes. It costs a call for each object in each pass, as readable() does.
 struct map_type::pass : visit {
     std::vector<pollfd> wanted;   // in the order of descriptors
     std::uint64_t newest = 0;     // the last registration that was asked
@@ -163,6 +187,8 @@ struct map_type::pass : visit {
 
     ~pass() { wanted.swap(map.wanted_); }
 
+    // Asks everyone. An object that closes while it is asked is left out; one that is registered meanwhile is asked in
+    // the next pass, so that an object that makes another one each time does not keep the loop from waiting.
     void collect() {
         newest = map.registrations_;   // who registers from now on is a newcomer
         for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
@@ -230,6 +256,8 @@ struct map_type::pass : visit {
         return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
     }
 
+    // Waits in select() and delivers reads, then writes, then exceptional conditions, as Python does. The sets are made
+    // in the call itself, since select() overwrites them and a signal may interrupt it.
     void select(std::optional<double> timeout) {
         fd_set r, w, e;
         int left_to_do = 0;
@@ -258,6 +286,8 @@ struct map_type::pass : visit {
         deliver_to(e, asyncore::_exception);
     }
 
+    // The same with poll(), which has no limit on descriptors. It reports one object's events together, so these are
+    // delivered object by object, where select() delivers all the reads first.
     void poll(std::optional<double> timeout) {
         int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
@@ -297,6 +327,7 @@ void poll(std::optional<double> timeout, map_type* map_) {
     pass.expire();
 }
 
+// Python's poll2 takes a negative timeout for none, as poll() does, where its poll() is an error.
 void poll2(std::optional<double> timeout, map_type* map_) {
     map_type& map = map_or_default(map_);
     if (map.empty()) return;
@@ -306,6 +337,7 @@ void poll2(std::optional<double> timeout, map_type* map_) {
     pass.expire();
 }
 
+// The loop ends when nothing is registered any more: a program ends by closing what it has, not by leaving the loop.
 void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
     map_type& map = map_or_default(map_);
     while (!map.empty() && count.value_or(1) > 0) {
@@ -336,6 +368,7 @@ dispatcher::dispatcher(std::unique_ptr<socket_type> sock, map_type* map) : _map(
     _map->add(_fileno, *this);   // last: nothing can fail after it
 }
 
+// The descriptor is closed by ~socket_type. Nothing virtual is called: the subclass is gone already.
 dispatcher::~dispatcher() { _map->remove(_fileno, *this); }
 
 std::string dispatcher::repr() const {
@@ -371,6 +404,7 @@ socket_type& dispatcher::the_socket() const {
     return *socket;
 }
 
+// The old socket's registration goes with it: an event that was collected for it must not reach the new one.
 void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
     if (!sock) throw std::invalid_argument("there is no socket to set");
     _map->remove(_fileno, *this);   // a socket that is replaced takes its registration along
@@ -397,6 +431,8 @@ void dispatcher::bind(const address& address) {
     the_socket().bind(address);
 }
 
+// A connection takes time, and the loop does not wait for it. EINPROGRESS and its relatives mean that it is under way:
+// the first event on the socket says how it went (handle_connect_event). On the same host it may be there at once.
 void dispatcher::connect(const address& address) {
     connected = false;
     connecting = true;
@@ -412,6 +448,8 @@ std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::acce
     return pair;
 }
 
+// No room is no error: nothing was taken, and the caller keeps it. A peer that is gone is the end of the session, and
+// the caller sees that from `connected`.
 std::size_t dispatcher::send(std::string_view data) {
     try {
         return the_socket().send(data);
@@ -428,6 +466,7 @@ std::string dispatcher::recv(std::size_t buffer_size) {
     return std::string(buffer.bytes.data(), recv_into(buffer.bytes.data(), buffer_size));
 }
 
+// The end of input and a connection that was reset mean the same: handle_close(), and no bytes.
 std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
     try {
         const std::size_t received = the_socket().recv(buffer, size);
@@ -439,6 +478,8 @@ std::size_t dispatcher::recv_into(char* buffer, std::size_t size) {
     return 0;
 }
 
+// Leaves the map first and closes the socket last, because that is the one step that may fail. The object lives on
+// until the pass ends (see above): the caller may be one of its own functions.
 void dispatcher::close() {
     connected = accepting = connecting = false;
     del_channel();
@@ -462,12 +503,16 @@ void dispatcher::log_info(std::string_view message, std::string_view type) {
     std::cout << type << ": " << message << std::endl;
 }
 
+// A socket is one of three things. A listener is accepting: input means that a client waits. A socket that connect()
+// has left under way is connecting: the first event says how that went, then it is connected. The loop calls these;
+// they find out which it is, and call the handlers that a subclass overrides.
 void dispatcher::handle_read_event() {
     if (accepting) return handle_accept();
     if (!connected && connecting) handle_connect_event();
     handle_read();
 }
 
+// SO_ERROR holds the outcome of a connect() that was under way; reading it clears it.
 void dispatcher::handle_connect_event() {
     const int err = the_socket().getsockopt(SOL_SOCKET, SO_ERROR);
     if (err != 0) raise(err, "connect");
@@ -490,6 +535,8 @@ void dispatcher::handle_expt_event() {
         handle_expt();
 }
 
+// C++ can rethrow an exception to ask what it is, but has no traceback. The classes are those that a program would tell
+// apart in a log.
 std::string dispatcher::current_exception_text() {
     std::string type = "unknown exception", what;
     try {
@@ -541,6 +588,7 @@ void dispatcher::handle_close() {
     close();
 }
 
+// A subclass that has a deadline should say what it means. The default is what an idle connection deserves.
 void dispatcher::handle_timeout() {
     log_info("unhandled timeout event", "warning");
     close();
@@ -550,6 +598,7 @@ void dispatcher::handle_timeout() {
 // dispatcher_with_send, close_all, file_wrapper, file_dispatcher
 // ---------------------------------------------------------------------------------------------------------
 
+// 64 KiB at a time: what the socket does not take has to be moved to the front again.
 void dispatcher_with_send::initiate_send() {
     out_buffer.erase(0, dispatcher::send(std::string_view(out_buffer).substr(0, 65536)));
 }
@@ -565,6 +614,7 @@ std::size_t dispatcher_with_send::send(std::string_view data) {
     return data.size();
 }
 
+// Objects may close each other while they are closed, so the map is looked at anew for each descriptor.
 void close_all(map_type* map_, bool ignore_all) {
     map_type& map = map_or_default(map_);
     map_type::visit visit(map);
@@ -601,6 +651,7 @@ int file_wrapper::getsockopt(int level, int option) const {
     throw NotImplementedError("Only asyncore specific behaviour implemented.");
 }
 
+// O_NONBLOCK belongs to the open file, not to the descriptor: who shares the file with this program sees it too.
 file_dispatcher::file_dispatcher(int fd, map_type* map) : dispatcher(nullptr, map) {
     connected = true;
     set_file(fd);
@@ -630,12 +681,16 @@ trigger::trigger(std::pair<socket_type, socket_type> pipe, map_type* map)
 // A pipe that is full wakes the loop as well.
 void trigger::wake() noexcept { (void)!::write(write_end_.fileno(), "", 1); }
 
+// The lock is held for two lines, so no thread waits long. The thunk is queued before the byte is written: when the
+// loop wakes, it is there.
 void trigger::pull_trigger(std::function<void()> thunk) {
     const std::lock_guard<std::mutex> guard(lock_);
     if (thunk) thunks_.push_back(std::move(thunk));
     wake();
 }
 
+// The pipe is emptied first. A thunk that is queued after that writes a byte of its own, so none is overlooked. Each
+// thunk runs without the lock: it may pull the trigger again.
 void trigger::handle_read() {
     recv(4096);
     std::unique_lock<std::mutex> guard(lock_);
@@ -689,6 +744,15 @@ void async_chat::set_terminator(std::ptrdiff_t count) {
 
 void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate(); }
 
+// How input becomes lines, and whose bytes they are. recv() fills the map's receive buffer, which all sessions share,
+// and input_ is a view of it. consume_some() cuts pieces off its front; each piece goes to collect_incoming_data(),
+// which must copy what it wants to keep, and a terminator to found_terminator(). There are three cases, as in Python:
+// the terminator is in the input; its beginning may be at the end of it; or it is nowhere.
+//
+// What is left over has two reasons. It may be the beginning of a terminator: a few bytes, which stand in front of the
+// next input, so that a terminator is always in one piece. Or the session was paused, or is owed room in the output
+// queue: up to a whole buffer, and nothing more is read until consume() goes on with it. Either way the buffer goes
+// back to the map, so keep_input() moves the rest to kept_, and input_ is a view of that.
 void async_chat::handle_read() {
     using namespace asyncore;
     if (input_waits_) return;   // first what has come before
@@ -818,6 +882,8 @@ void async_chat::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncor
     dispatcher::set_socket(std::move(sock), map);
 }
 
+// The one exceptional condition of a socket is an urgent byte. Nobody asked for it. Left unread, it would be reported
+// in each pass.
 void async_chat::handle_expt() {
     char urgent;
     try {
@@ -881,12 +947,20 @@ void async_chat::push_with_producer(std::shared_ptr<producer> source) {
 
 bool async_chat::readable() { return !stalled() && !input_waits_; }
 
+// A session that is not connected yet waits for that, which is a write event.
 bool async_chat::writable() { return !producer_fifo.empty() || !connected; }
 
+// The mark has its place in the queue, so that what is pushed later is not sent.
 void async_chat::close_when_done() { producer_fifo.emplace_back(close_mark{}); }
 
 void async_chat::initiate_send() { send_some(); }
 
+// When output is sent. push() puts text into the queue and calls initiate_send() at once, so a reply is on its way when
+// push() returns. What the socket does not take stays in the queue, writable() is true, and the loop comes back for the
+// rest. A producer is asked for a piece only when everything before it has gone: a large message is never in the queue
+// as a whole. A close mark closes the session when all before it has been sent. SMTPChannel puts off initiate_send()
+// until the event is over, so that the replies to pipelined commands go in one packet.
+//
 // One send() a call, as in Python; but what needs none is done at once: a producer that has come to its end goes, and a
 // close that only waited for this is done. True: an item is gone, and there may be more that can be sent.
 bool async_chat::send_some() {
@@ -984,6 +1058,7 @@ std::string simple_producer::more() {
     return result;
 }
 
+// From the longest possible beginning to the shortest: CR LF at the end of the input may become CR LF . CR LF.
 std::size_t find_prefix_at_end(std::string_view haystack, std::string_view needle) {
     if (needle.empty()) return 0;
     std::size_t length = std::min(needle.size() - 1, haystack.size());
@@ -1052,6 +1127,7 @@ socklen_t to_sockaddr(const address& addr, const socket_type& sock, sockaddr_sto
 
 }   // namespace
 
+// Python takes apostrophes, and quotes when the text has an apostrophe and no quote.
 std::string repr(std::string_view bytes, std::string_view prefix) {
     const bool apostrophe = bytes.find('\'') != bytes.npos && bytes.find('"') == bytes.npos;
     const char quote = apostrophe ? '"' : '\'';
@@ -1160,6 +1236,7 @@ std::vector<address> getaddrinfo(const address& name, int family) {
     return all;
 }
 
+// The first name with a dot that the host's own addresses have; otherwise what the host calls itself.
 std::string getfqdn() {
     char text[NI_MAXHOST] = "localhost";
     if (::gethostname(text, sizeof text - 1) < 0) return text;
@@ -1193,6 +1270,7 @@ socket_type::socket_type(int family, int type) : fd_(-1) {
     *this = prepared(fd);
 }
 
+// By a swap: the other one closes what this one had.
 socket_type& socket_type::operator=(socket_type&& other) noexcept {
     std::swap(fd_, other.fd_);
     return *this;
@@ -1239,6 +1317,7 @@ void socket_type::listen(int backlog) {
     if (::listen(fd_, backlog) < 0) raise(errno, "listen");
 }
 
+// Not repeated when a signal interrupts it: the connection goes on by itself, and a second call would be an error.
 int socket_type::connect_ex(const address& addr) {
     sockaddr_storage storage;
     const auto size = to_sockaddr(addr, *this, storage);
@@ -1246,6 +1325,7 @@ int socket_type::connect_ex(const address& addr) {
     return errno == EINTR ? EINPROGRESS : errno;   // an interrupted connect goes on by itself
 }
 
+// A client that has gone before it was accepted is none. accept4() saves two system calls where there is one.
 std::pair<std::unique_ptr<socket_type>, address> socket_type::accept() {
     sockaddr_storage storage{};
     socklen_t size = sizeof storage;
@@ -1300,6 +1380,8 @@ std::vector<dispatcher*> map_type::values() const {
     return all;
 }
 
+// Descriptors are small numbers, so the slots are an array. An object that takes the descriptor of another one which
+// did not leave takes its place, as in Python's dict.
 void map_type::add(int fd, dispatcher& object) {
     const auto index = static_cast<std::size_t>(fd);
     if (fd < 0) throw std::invalid_argument("a closed socket cannot be registered");
@@ -1324,6 +1406,8 @@ void map_type::own(std::unique_ptr<dispatcher> object) {
     it.self_ = std::prev(owned_.end());
 }
 
+// A destructor may close another object, which then joins the list: so the list is taken as a whole, until none is
+// left.
 void map_type::destroy_closed() noexcept {
     while (depth_ == 0 && !closed_.empty()) {
         std::list<std::unique_ptr<dispatcher>> dead;   // a destructor may close, and so bury, another object
@@ -1339,6 +1423,7 @@ void map_type::clear() {
     destroy_closed();
 }
 
+// A static inside a function is made when it is first needed: a server that is a static object itself finds it.
 map_type& default_socket_map() {
     static map_type map;
     return map;

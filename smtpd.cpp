@@ -147,6 +147,17 @@ void SMTPChannel::_set_rset_state() {
     received_lines.clear();
 }
 
+// The states of a channel.
+//
+//   smtp_state        COMMAND: a line ends at CR LF. DATA: a message ends at CR LF . CR LF. Others: a subclass's own.
+//   paused()          a reply is owed. Nothing is read and nothing is executed; what has been received waits in order.
+//   input_over()      the last reply has been pushed. The channel closes when that has been sent.
+//   smtp_server null  the server has gone, and the channel is closed.
+//
+// A command: collect_incoming_data() gathers the line, found_terminator() finds its verb's method, and that pushes one
+// reply. A message: DATA changes state and terminator, the bytes are unstuffed as they come, and at the end the
+// server's process_message() returns the reply. Bytes past a limit are counted, not kept: the reply says so when the
+// line or the message has ended, and the client stays in step.
 void SMTPChannel::push(std::string_view msg) {
     replied_ = true;
     std::string line;
@@ -670,8 +681,8 @@ void SMTPChannel::smtp_DATA(argument arg) {
     push("354 End data with <CR><LF>.<CR><LF>");
     smtp_state = DATA;
     set_terminator("\r\n.\r\n");
-    // This line's own CR LF may be the first half of the terminator: an empty message is `.` at once. Python
-    // waits for another one for ever.
+    // RFC 5321, 4.1.1.4: the CR LF of the DATA line may also be the first half of CR LF . CR LF, and a message that is
+    // only a dot is an empty one. So it goes back in front of the input. Python waits for another one for ever.
     unread("\r\n");
     data_starts_ = true;
     data_since_ = active_;
@@ -750,7 +761,9 @@ void SMTPServer::stop(std::chrono::milliseconds grace) {
     }
 }
 
-asyncore::clock::time_point SMTPServer::deadline() { return accepting_paused_ ? accept_again_at_ : asyncore::clock::time_point::max(); }
+asyncore::clock::time_point SMTPServer::deadline() {
+    return accepting_paused_ ? accept_again_at_ : asyncore::clock::time_point::max();
+}
 
 // Python takes one client a pass, and closes the listener when accept() fails, or what is called with the client.
 void SMTPServer::handle_accept() {
