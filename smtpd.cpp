@@ -100,8 +100,6 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
 SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
                          const options& with)
     : async_chat(std::move(sock), with.map),
-      idle_timeout(with.idle_timeout),
-      data_timeout(with.data_timeout),
       smtp_server(&server),
       conn(socket.get()),
       data_size_limit(with.data_size_limit),
@@ -109,6 +107,8 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
       _decode_data(with.decode_data),
       fqdn(with.fqdn),
       peer(addr),   // what the socket says; addr is what accept() has said, as in Python
+      idle_timeout(with.idle_timeout),
+      data_timeout(with.data_timeout),
       rcpt_limit(with.rcpt_limit) {
     if (enable_SMTPUTF8 && _decode_data)
         throw std::invalid_argument("decode_data and enable_SMTPUTF8 cannot be set to True at the same time");

@@ -39,11 +39,10 @@ class ProxyChannel;
 // The banner's text; the number is this project's. smtpd.py: __version__
 inline constexpr std::string_view version = "C++ SMTP proxy version 1.0.0";
 
-// bytes. smtpd.py: DATA_SIZE_DEFAULT
+// In bytes. smtpd.py: DATA_SIZE_DEFAULT
 inline constexpr std::size_t DATA_SIZE_DEFAULT = 33554432;
 
-// Where the conversation is told, for -d: silent until it is given a buffer, as in
-// DEBUGSTREAM.rdbuf(std::cerr.rdbuf()).
+// The debug log (-d). It discards everything until you give it a buffer: DEBUGSTREAM.rdbuf(std::cerr.rdbuf()).
 std::ostream& default_debugstream();
 // smtpd.py: DEBUGSTREAM
 inline std::ostream& DEBUGSTREAM = default_debugstream();
@@ -61,32 +60,64 @@ struct timeouts {
     static timeouts all(std::chrono::milliseconds time) { return {time, time, time, time, time, time, time}; }
 };
 
-// What a server is made with. A timeout or a limit of 0 means none.
+// What a server is made with: set what differs, as in `smtpd::options with; with.fqdn = "mx.example";`. A timeout or a
+// limit of 0 means none.
 struct options {
-    std::size_t data_size_limit = DATA_SIZE_DEFAULT;   // bytes of a message, as they come over the wire
-    asyncore::map_type* map = nullptr;                 // null: asyncore::socket_map
-    bool enable_SMTPUTF8 = false;                      // offer SMTPUTF8 (RFC 6531)
-    bool decode_data = false;                          // messages must be UTF-8; no 8BITMIME; not with SMTPUTF8
+    // Bytes of a message as they come over the wire, announced by SIZE. A larger message gets 552 at its end, and what
+    // is over the limit is not stored. A client may make the server hold that much memory until its message is handled.
+    std::size_t data_size_limit = DATA_SIZE_DEFAULT;
 
-    // Not in Python.
-    std::string fqdn{};                                // the name in the banner; "": asyncore::getfqdn()
-    std::chrono::milliseconds idle_timeout{300000};    // a client that does nothing gets 421 (RFC 5321, 4.5.3.2.7)
-    std::chrono::milliseconds data_timeout{3600000};   // a message that brings less than 64 KiB in it gets 421
-    std::size_t connection_limit = 0;                  // clients at a time; then 421
-    std::size_t rcpt_limit = 1000;                     // recipients of a message; then 452
-    std::size_t reply_queue_limit = 1 << 20;           // bytes of replies that wait; then input waits too
-    timeouts upstream{};                               // PureProxy, MailmanProxy: for the servers they send to
-    std::string mailman_lists = "/var/lib/mailman3/lists";   // MailmanProxy: one folder a list, NAME.DOMAIN
-    asyncore::address mailman_lmtp{"127.0.0.1", 8024};       // MailmanProxy: where Mailman 3 takes messages
+    // The map that the server and its channels register with; it must outlive them. Null: asyncore::socket_map.
+    asyncore::map_type* map = nullptr;
+
+    // Offer SMTPUTF8 (RFC 6531): addresses and headers may be UTF-8. Not together with decode_data.
+    bool enable_SMTPUTF8 = false;
+
+    // Messages must be UTF-8, or get 554; 8BITMIME is not offered. process_message() gets the same bytes either way.
+    bool decode_data = false;
+
+    // What follows is not in Python.
+
+    // The name in the banner and in the reply to HELO and EHLO. "": asyncore::getfqdn(), which may block once.
+    std::string fqdn{};
+
+    // A client that does nothing for so long gets 421 and is closed (RFC 5321, 4.5.3.2.7). A command counts from its
+    // first byte, a message from its last one, replies when 4 KiB or all of them have been taken. A longer time keeps
+    // the memory and the descriptor of dead clients longer; a shorter one cuts people who type.
+    std::chrono::milliseconds idle_timeout{300000};
+
+    // A message that brings less than 64 KiB in this time gets 421, however steadily it drips. An hour for that is
+    // 18 bytes a second: no honest client is so slow.
+    std::chrono::milliseconds data_timeout{3600000};
+
+    // Clients at a time; the next one gets 421. It bounds what clients can make the server hold in all: that many times
+    // data_size_limit and reply_queue_limit, at worst.
+    std::size_t connection_limit = 0;
+
+    // Recipients of one message; the next one gets 452, and the client sends it another time (RFC 5321, 4.5.3.1.10).
+    // Each costs the length of its address.
+    std::size_t rcpt_limit = 1000;
+
+    // Bytes of replies that a client has not taken yet. Past that, nothing more is read from it. A larger value only
+    // lets a client that never reads hold more memory.
+    std::size_t reply_queue_limit = 1 << 20;
+
+    // PureProxy, MailmanProxy: how long they wait for the servers that they send to. Their clients wait as long.
+    timeouts upstream{};
+
+    // MailmanProxy: the folder `lists` of Mailman 3, with a folder NAME.DOMAIN for each list; and where Mailman takes
+    // messages by LMTP.
+    std::string mailman_lists = "/var/lib/mailman3/lists";
+    asyncore::address mailman_lmtp{"127.0.0.1", 8024};
 };
 
-// The answer to a message, given later. Copies are the same answer; the first one given counts. When the last
-// copy goes without an answer, the client gets 451. Not for other threads.
+// A reply that is given later: a token for it. Copies are the same token, and the first answer counts. When the last
+// copy goes without one, the client gets 451. It belongs to the loop's thread; asyncore::trigger takes it there.
 class deferred_reply {
   public:
-    deferred_reply() = default;   // answers nobody
+    deferred_reply() = default;   // for no client
 
-    // As if process_message() had returned it: "" is 250 OK. Harmless when the client has gone.
+    // As if the hook had returned it: "" is 250 OK. Harmless when the client, or the server, has gone.
     void answer(std::string_view status = {}) const;
 
   private:
@@ -103,8 +134,8 @@ struct message_options {
     std::vector<std::string> mail_options;   // upper case, as in {"BODY=8BITMIME", "SMTPUTF8"}
     std::vector<std::string> rcpt_options;   // of the last RCPT
 
-    // Take over the answer: what process_message() returns is then ignored, and the client waits. Calling it
-    // again gives the same answer; after process_message() has returned, one that nobody hears.
+    // Take over the reply: what process_message() returns is then ignored, and the client waits. Repeated calls return
+    // the same token. After process_message() has returned, the token does nothing.
     deferred_reply defer() const;
     // The channel that the message came by; null when the client has gone, or the reply has been given.
     SMTPChannel* channel() const;
@@ -118,14 +149,7 @@ struct message_options {
 
 // One client's conversation. smtpd.py: SMTPChannel
 class SMTPChannel : public asynchat::async_chat {
-    // What deadline() is made of stands together.
-    asyncore::clock::time_point active_ = asyncore::clock::now();   // the idle clock's start
-    asyncore::clock::time_point data_since_{};                      // data_timeout's
-    std::optional<asyncore::clock::time_point> stop_by_;            // see stop()
-
   public:
-    std::chrono::milliseconds idle_timeout, data_timeout;
-
     enum state { COMMAND = 0, DATA = 1 };
     using argument = std::optional<std::string_view>;   // what follows the verb; None when there is no space
     using command = void (SMTPChannel::*)(argument);
@@ -152,6 +176,7 @@ class SMTPChannel : public asynchat::async_chat {
     std::map<std::string, std::size_t> command_size_limits;   // by verb, after EHLO
     std::size_t max_command_size_limit() const;
 
+    std::chrono::milliseconds idle_timeout, data_timeout;   // these three as in options
     std::size_t rcpt_limit;
 
     // With the server's settings, or others. Throws std::invalid_argument for SMTPUTF8 together with decode_data.
@@ -230,8 +255,6 @@ class SMTPChannel : public asynchat::async_chat {
     virtual void answer_lost();
 
   private:
-    friend class SMTPServer;
-    friend class deferred_reply;
     friend struct message_options;
     friend struct deferred_reply::owed;
     virtual ProxyChannel* proxy_channel() { return nullptr; }
@@ -252,7 +275,10 @@ class SMTPChannel : public asynchat::async_chat {
     void say_goodbye(std::string_view reply);
     void stop_when_idle();
 
-    deferred_reply::owed* owed_ = nullptr;                // the answer that is still to come
+    asyncore::clock::time_point active_ = asyncore::clock::now();   // when the idle clock was set
+    asyncore::clock::time_point data_since_{};                      // when data_timeout's was
+    std::optional<asyncore::clock::time_point> stop_by_;            // see stop()
+    deferred_reply::owed* owed_ = nullptr;                          // the reply that is still to come
     std::shared_ptr<deferred_reply::owed> asked_;         // that of the command under way, when it is deferred
     std::shared_ptr<deferred_reply::owed> left_behind_;   // an ExitNow leaves the loop: 451, should it be entered again
     std::size_t declared_size_ = 0;                       // SIZE= of this MAIL
