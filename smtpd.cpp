@@ -97,6 +97,8 @@ std::size_t SMTPChannel::max_command_size_limit() const {
 SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from, server.settings) {}
 
+// The channel takes its settings from the server once, so each may be changed for one client. Python greets here. In
+// C++ a constructor can't call an override of push(), so SMTPServer calls start() when the channel is complete.
 SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const address& from,
                          const options& with)
     : async_chat(std::move(sock), with.map),
@@ -119,6 +121,7 @@ SMTPChannel::SMTPChannel(SMTPServer& server, std::unique_ptr<asyncore::socket_ty
     server.channels_.insert(this);
 }
 
+// A token may outlive the channel: it then answers no client.
 SMTPChannel::~SMTPChannel() {
     if (owed_) owed_->channel = nullptr;
     if (smtp_server) smtp_server->channels_.erase(this);
@@ -130,6 +133,7 @@ void SMTPChannel::start() {
     push("220 " + fqdn + " " + std::string(version));
 }
 
+// After a message, a refused one too: ready for the next MAIL. received_data stays, as in Python.
 void SMTPChannel::_set_post_data_state() {
     smtp_state = COMMAND;
     mailfrom.clear();
@@ -197,6 +201,8 @@ void SMTPChannel::set_socket(std::unique_ptr<asyncore::socket_type> sock, asynco
     conn = socket.get();
 }
 
+// A piece of a line, or of a message. Three clocks and counters stand here, because every byte comes by: the idle
+// clock, data_timeout's, and num_bytes. A message is unstuffed as it comes, so that its end costs nothing.
 void SMTPChannel::collect_incoming_data(std::string_view data) {
     if (smtp_state != COMMAND && smtp_state != DATA) {   // a state of a subclass: the line is its own affair
         if (received_lines.empty()) active_ = asyncore::clock::now();
@@ -250,6 +256,8 @@ void SMTPChannel::make_room(std::size_t more) {
     received_lines.reserve(needed);
 }
 
+// A line or a message is complete. It leaves received_lines first: whatever happens from here on, the next one starts
+// with nothing.
 void SMTPChannel::found_terminator() {
     std::string line;
     line.swap(received_lines);
@@ -289,6 +297,7 @@ void SMTPChannel::execute(std::string_view line, std::size_t size) {
         if (replied_) throw;   // it can't be taken back
         leaving = log_unless_ExitNow("uncaptured C++ exception in a command of");
     }
+    deferred_ = nothing;
     if (rcpttos.size() > recipients) rcpttos.resize(recipients);
     if (!open) mailfrom.clear();
     auto reply = std::exchange(asked_, nullptr);
@@ -331,6 +340,8 @@ bool SMTPChannel::refused(const std::string& reply) {
     return true;
 }
 
+// A line is checked before it is looked at: its length, then UTF-8. A verb matches in ASCII only; a limit of its own
+// counts after EHLO, since only an extension makes a line longer.
 void SMTPChannel::handle_command(std::string_view line, std::size_t size) {
     if (size == 0) return push("500 Error: bad syntax");
     if (size > max_command_size_limit()) return push("500 Error: line too long");
@@ -350,6 +361,8 @@ void SMTPChannel::handle_command(std::string_view line, std::size_t size) {
     (this->*method)(arg);
 }
 
+// Gives the message to the server's process_message(), and the client the reply. The hook may return it, throw, defer
+// it, or run the loop itself: the channel is paused meanwhile, so nothing of this client is read or executed.
 void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     if (data_size_limit && size > data_size_limit) {
         // Python stays in DATA, and takes what follows for another message to the same recipients.
@@ -387,6 +400,8 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
     finish(reply, std::move(status), leaving);
 }
 
+// Inside a command or a message there is one token, and what the hook returns is ignored. Outside, for a subclass in a
+// state of its own, a token is new, and its answer is sent at once.
 deferred_reply SMTPChannel::defer() {
     const auto reply = asked_ ? asked_ : std::make_shared<deferred_reply::owed>(this);
     reply->deferred = true;
@@ -403,6 +418,8 @@ void SMTPChannel::resume() {
     active_ = asyncore::clock::now();
 }
 
+// The reply that was owed has come. Every reply of a hook comes by here, at once or later, so this is the place that
+// checks that it is one. A refusal of MAIL or RCPT that was put off takes back what had been noted.
 void SMTPChannel::answer(std::string_view reply) {
     resume();
     // Python keeps it until the next one.
@@ -420,6 +437,8 @@ void SMTPChannel::answer(std::string_view reply) {
     stop_when_idle();
 }
 
+// A channel with nothing in hand says 421 now; one in the middle of a message does so after it, or when the bound has
+// come.
 void SMTPChannel::stop(asyncore::clock::time_point bound) {
     stop_by_ = bound;
     stop_when_idle();
@@ -429,6 +448,7 @@ void SMTPChannel::stop_when_idle() {
     if (stop_by_ && !in_hand()) say_goodbye("421 Error: server is shutting down");
 }
 
+// The last reply. Input is over, so what the client has sent after QUIT is ignored; Python executes it.
 void SMTPChannel::say_goodbye(std::string_view reply) {
     if (input_over()) return;
     push(reply);
@@ -436,6 +456,8 @@ void SMTPChannel::say_goodbye(std::string_view reply) {
     end_input();
 }
 
+// The nearest of: input that may go on, a look at a paused client, the bound of stop(), and the two idle clocks. The
+// last two stand still while a reply is owed: that wait is not the client's fault.
 asyncore::clock::time_point SMTPChannel::deadline() {
     auto due = left_behind_ ? asyncore::at_once : async_chat::deadline();
     if (stop_by_) due = std::min(due, *stop_by_);
@@ -445,6 +467,8 @@ asyncore::clock::time_point SMTPChannel::deadline() {
     return due;
 }
 
+// Something has come due: deadline() tells what. A client that has been told goodbye, or does not take its replies,
+// gets no more time.
 void SMTPChannel::handle_timeout() {
     if (left_behind_) return left_behind_.reset();
     if (async_chat::deadline() <= asyncore::clock::now()) return gather([this] { async_chat::handle_timeout(); });
@@ -471,6 +495,7 @@ void SMTPChannel::handle_close() {
     end_input();
 }
 
+// The token, if there is one, answers no client from now on. The replies of the event under way are still sent.
 void SMTPChannel::close() {
     if (owed_) std::exchange(owed_, nullptr)->channel = nullptr;
     if (std::exchange(gathering_, false)) {   // Python has sent by now what was pushed in this event
@@ -483,6 +508,8 @@ void SMTPChannel::close() {
     async_chat::close();
 }
 
+// Python asks for the attribute smtp_VERB. A table does the same: its pointers are to virtual functions, so an override
+// of smtp_MAIL is found, and a new verb takes an override of this function.
 SMTPChannel::command SMTPChannel::find_command(std::string_view verb) {
     static constexpr std::pair<std::string_view, command> table[] = {
         {"MAIL", &SMTPChannel::smtp_MAIL}, {"RCPT", &SMTPChannel::smtp_RCPT}, {"DATA", &SMTPChannel::smtp_DATA},
@@ -502,6 +529,8 @@ void SMTPChannel::smtp_HELO(argument arg) {
     push("250 " + fqdn);
 }
 
+// Python's order: SIZE, 8BITMIME, SMTPUTF8, HELP; what a subclass adds stands before HELP. MAIL may be longer for each
+// parameter that is offered here: 26 bytes for SIZE, 10 for SMTPUTF8.
 void SMTPChannel::smtp_EHLO(argument arg) {
     if (!arg || arg->empty()) return push("501 Syntax: EHLO hostname");
     if (!seen_greeting.empty()) return push("503 Duplicate HELO/EHLO");
@@ -534,6 +563,8 @@ std::string_view SMTPChannel::_strip_command_keyword(std::string_view keyword, s
     return strip(arg.substr(keyword.size()));
 }
 
+// Python's parser is lenient, and so is this one (see parse_address). Control characters are refused before and after
+// it: nothing that a client sends may end a line of the next server's.
 std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(std::string_view arg) {
     if (arg.empty()) return std::pair(std::string(), arg);
     // Python accepts control characters, and closes the connection when it can't read the address.
@@ -590,6 +621,8 @@ void SMTPChannel::smtp_VRFY(argument arg) {
     push("252 Cannot VRFY user, but will accept message and attempt delivery");
 }
 
+// Python's order of checks, which a client can see: syntax before "nested MAIL", parameters in the order BODY,
+// SMTPUTF8, SIZE, unknown ones. Nothing is noted until all of them are passed.
 void SMTPChannel::smtp_MAIL(argument arg) {
     if (seen_greeting.empty()) return push("503 Error: send HELO first");
     if (debugging()) DEBUGSTREAM << "===> MAIL " << (arg ? asyncore::repr(*arg) : "None") << std::endl;
@@ -674,6 +707,7 @@ void SMTPChannel::smtp_RSET(argument arg) {
     push("250 OK");
 }
 
+// The reply is pushed first: when there is no memory for it, the client is still where it was.
 void SMTPChannel::smtp_DATA(argument arg) {
     if (seen_greeting.empty()) return push("503 Error: send HELO first");
     if (rcpttos.empty()) return push("503 Error: need RCPT command");
@@ -702,6 +736,8 @@ int open_spare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
 }   // namespace
 
+// A name may stand for several addresses, and a host may lack the first: localhost is ::1 in many files. Python gives
+// up there. An address that is in use is an error at once.
 SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, const options& with)
     : dispatcher(nullptr, with.map), _localaddr(localaddr), _remoteaddr(remoteaddr), settings(with) {
     settings.map = _map;
@@ -731,6 +767,7 @@ SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, cons
                 << "\n\tRemote addr:" << remoteaddr.repr() << std::endl;
 }
 
+// The channels belong to the map and may be running: they are closed, and told that there is no server any more.
 SMTPServer::~SMTPServer() {
     for (SMTPChannel* channel : std::exchange(channels_, {})) {
         channel->smtp_server = nullptr;
@@ -812,6 +849,7 @@ void SMTPServer::turn_away() {
     spare_ = asyncore::socket_type(open_spare());
 }
 
+// The map owns the channel from before start(), so that anything may close it there.
 void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const address& from) {
     if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
     if (settings.connection_limit && channels_.size() >= settings.connection_limit) {
@@ -892,6 +930,8 @@ std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "un
 
 }   // namespace
 
+// Line by line, with X-Peer before the first empty one. Lines end where Python's splitlines() ends them, which is at
+// more places for text than for bytes. The text goes through a buffer: a stream is slow for single characters.
 void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
     std::string text(16384, '\0');
     bool inheaders = true;
