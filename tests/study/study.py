@@ -388,7 +388,8 @@ class Source:
             elif t.text == '{':
                 words = [h.text for h in head]
                 if 'namespace' in words[:2]:
-                    names = words[words.index('namespace') + 1:]
+                    # One that is inline is part of no name.
+                    names = [] if words[0] == 'inline' else words[words.index('namespace') + 1:]
                     scopes.append(('namespace', ''.join(names)))
                     return i + 1
                 if words[:1] == ['extern'] and paren is None:
