@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every public Python name has its twin in the C++ sources, or a reason in the README.
+"""Every public Python name has its twin in the C++ sources, or a reason in tests/DEVIATIONS.md.
 
     names.py [ROOT]        ROOT: the directory of asyncore.hpp and the others
 
@@ -9,8 +9,8 @@ when a comment line such as
 stands directly above the declaration or definition of its twin.  One comment may name several
 (`// asyncore.py: poll2, poll3`): their twins are then in the lines below it, up to an empty line.
 A comment that stands behind its twin, on the same line, is checked but does not count.
-A name that is not ported is named, in backticks, in the first column of the README's table
-'Not ported'.  An anchor or a row that names something unknown to Python fails as well.
+A name that is not ported is named, in backticks, in the first column of the table 'Not ported' of
+tests/DEVIATIONS.md.  An anchor or a row that names something unknown to Python fails as well.
 """
 
 import ast
@@ -105,16 +105,16 @@ def code_below(lines, i, whole_block):
     return code
 
 
-def not_ported(readme):
+def not_ported(paper):
     """The names in backticks in the first column of the table 'Not ported'."""
-    text = readme.read_text(encoding='utf-8') if readme.exists() else ''
+    text = paper.read_text(encoding='utf-8') if paper.exists() else ''
     section = re.search(r'^#+ +Not ported\s*$(.*?)(?=^#|\Z)', text, re.M | re.S)
     for row in re.findall(r'^\|([^|\n]*)\|', section[1] if section else '', re.M):
         yield from re.findall(r'`([A-Za-z_][\w.]*)`', row)
 
 
 def same(token, module, name):
-    """Whether a README token means the name: with or without the module."""
+    """Whether a token of that table means the name: with or without the module."""
     return token in (module + '.' + name, name)
 
 
@@ -137,15 +137,15 @@ def main():
                 ported.add((module, name))
 
     wanted = [(m, n) for m in MODULES for n in sorted(known[m]) if public(n)]
-    rows = list(not_ported(root / 'README.md'))
+    rows = list(not_ported(root / 'tests/DEVIATIONS.md'))
     for token in rows:
         means = [(m, n) for m in MODULES for n in known[m] if same(token, m, n.replace('.=', '.'))]
         if not means:
-            faults.append("README.md, 'Not ported': Python has no %s" % token)
-        faults += ["README.md, 'Not ported': %s is anchored" % token for m in means if m in ported]
+            faults.append("DEVIATIONS.md, 'Not ported': Python has no %s" % token)
+        faults += ["DEVIATIONS.md, 'Not ported': %s is anchored" % token for m in means if m in ported]
     missing = [(m, n) for m, n in wanted
                if (m, n) not in ported and not any(same(t, m, n) for t in rows)]
-    faults += ['%s.%s: no anchor and no row in the README' % name for name in missing]
+    faults += ['%s.%s: no anchor, and no row in DEVIATIONS.md' % name for name in missing]
     for fault in faults:
         print(fault)
     print('%d public names: %d ported, %d not ported, %d missing; %d faults'
