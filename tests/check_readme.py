@@ -2,9 +2,9 @@
 """Checks README.md and tests/DEVIATIONS.md against the tree.
 
 Each block of C++ stands, as it is, in one of the tested examples. Each row of the Deviations has a test that names its
-number; those that README shows are the table's own, and so are its figures of speed those of the bench. The limits and
-their defaults are those of smtpd.hpp. Links lead somewhere. README has at most 240 lines. And no test repeats the
-version of smtpd.hpp: a release changes one line.
+number. The rows that README shows are the table's own, and its figures of speed are those of the bench. The limits and
+their defaults are those of smtpd.hpp. The walks of tests/READING.md name functions that exist. Links lead somewhere.
+README has at most 240 lines. And no test repeats the version of smtpd.hpp: a release changes one line.
 """
 import pathlib
 import re
@@ -70,6 +70,21 @@ for name, text, folder in ('README.md', readme, top), ('tests/DEVIATIONS.md', de
     for link, anchor in re.findall(r'\[[^]]*\]\(([^)#: ]*)(?:#([^) ]*))?\)', text):
         if not (folder / link).exists() or (anchor and not link and anchor not in heads):
             faults.append('%s: a link leads nowhere: %s' % (name, link or '#' + anchor))
+
+# The walks of READING.md, and the lines that no test runs, name functions of ours.
+sys.path.insert(0, str(top / 'tests/study'))
+import study
+sources = study.Cpp(top)
+reading = (top / 'tests/READING.md').read_text()
+walks = re.search(r'^## The real one beside Python\n(.*?)^## ', reading, re.S | re.M)
+cells = [('READING.md', cell) for cell in re.findall(r'^\|[^|]*\|([^|]*)\|', walks.group(1) if walks else '', re.M)]
+if len([cell for _, cell in cells if '`' in cell]) < 20:
+    faults.append('tests/READING.md has no walks')
+cells += [('coverage.md', cell) for cell in re.findall(r'^\| (`[^`|]*`)', (top / 'tests/coverage.md').read_text(), re.M)]
+for paper, cell in cells:
+    for name in re.findall(r'`((?:\w+::)*~?\w+)`', cell):
+        if not sources.by_suffix(name):
+            faults.append('tests/%s: there is no %s' % (paper, name))
 
 version = re.search(r' version = ".* version ([0-9.]+)"', header).group(1)
 for path in sorted((top / 'tests').rglob('*')):
