@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Checks README.md against the tree: each block of C++ stands, as it is, in one of the tested examples; each row of
-Deviations has a test that names its number; links lead somewhere; it is shorter than 400 lines. And no test repeats
-the version of smtpd.hpp: a release changes one line.
+"""Checks README.md and tests/DEVIATIONS.md against the tree.
+
+Each block of C++ stands, as it is, in one of the tested examples. Each row of the Deviations has a test that names its
+number. The rows that README shows are the table's own, and its figures of speed are those of the bench. The limits and
+their defaults are those of smtpd.hpp. The walks of tests/READING.md name functions that exist. Links lead somewhere.
+README has at most 240 lines. And no test repeats the version of smtpd.hpp: a release changes one line.
 """
 import pathlib
 import re
@@ -9,6 +12,9 @@ import sys
 
 top = pathlib.Path(__file__).resolve().parent.parent
 readme = (top / 'README.md').read_text()
+deviations = (top / 'tests/DEVIATIONS.md').read_text()
+header = (top / 'smtpd.hpp').read_text()
+MOST_LINES = 240
 faults = []
 
 examples = {path.name: path.read_text() for path in sorted((top / 'tests/examples').glob('*.cpp'))}
@@ -19,10 +25,10 @@ for block in blocks:
 if not blocks:
     faults.append('README.md shows no C++')
 
-section = re.search(r'^## Deviations\n(.*?)^## ', readme, re.S | re.M).group(1)
+section = re.search(r'^# Deviations\n(.*?)^## ', deviations, re.S | re.M).group(1)
 rows = [int(n) for n in re.findall(r'^\| (\d+) \|', section, re.M)]
-if rows != list(range(1, len(rows) + 1)):
-    faults.append('the rows of Deviations are not numbered one by one: %s' % rows)
+if rows != list(range(1, len(rows) + 1)) or not rows:
+    faults.append('tests/DEVIATIONS.md: the rows are not numbered one by one: %s' % rows)
 named = set()
 for path in sorted((top / 'tests').rglob('*')):
     if path.suffix in ('.cpp', '.py', '.sh') and path.is_file():
@@ -30,22 +36,66 @@ for path in sorted((top / 'tests').rglob('*')):
             named.update(int(n) for n in re.findall(r'\d+', numbers))
 for row in rows:
     if row not in named:
-        faults.append('row %d of Deviations has no test: none says "Deviation %d"' % (row, row))
+        faults.append('row %d of the Deviations has no test: none says "Deviation %d"' % (row, row))
 
-for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', re.sub(r'^```.*?^```', '', readme, flags=re.S | re.M)):
-    if not (top / link).exists():
-        faults.append('a link leads nowhere: ' + link)
+# What README quotes from the table of deviations and from the bench.
+quoted = re.findall(r'^\| \d+ \|.*$', readme, re.M)
+if not quoted:
+    faults.append('README.md shows no deviation')
+faults += ['README.md: this row is not in tests/DEVIATIONS.md: ' + row for row in quoted if row not in section.splitlines()]
+said = re.search(r'There are (\d+)', re.search(r'^## Deviations\n(.*?)^## ', readme, re.S | re.M).group(1))
+if not said or int(said.group(1)) != len(rows):
+    faults.append('README.md does not say that there are %d deviations' % len(rows))
+results = (top / 'tests/bench/results/results.md').read_text().splitlines()
+figures = re.findall(r'^\| (?:throughput|\d+:).*$', readme, re.M)
+if len(figures) < 2:
+    faults.append('README.md has no figures of speed')
+faults += ['README.md: the bench does not say so: ' + row for row in figures if row not in results]
 
-version = re.search(r' version = ".* version ([0-9.]+)"', (top / 'smtpd.hpp').read_text()).group(1)
+# The limits: `field` | default | ...
+options = re.search(r'^struct options \{\n(.*?)^\};', header, re.S | re.M).group(1)
+sizes = {name: int(value) for name, value in re.findall(r'size_t (\w+) = (\d+);', header)}
+limits = re.findall(r'^\| `(\w+)` \| (none|\d+)( s)?(?: bytes)? \|', readme, re.M)
+if len(limits) != 6:
+    faults.append('README.md has %d limits, not 6' % len(limits))
+for name, value, seconds in limits:
+    found = re.search(r'\b%s(?: = |\{)([^;}]*)\}?;' % name, options)
+    default = eval(found.group(1), {'__builtins__': {}}, sizes) if found else None   # such as 1 << 20
+    if default != (0 if value == 'none' else int(value)) * (1000 if seconds else 1):
+        faults.append('README.md: %s is %s%s, in smtpd.hpp %s' % (name, value, seconds, default))
+
+for name, text, folder in ('README.md', readme, top), ('tests/DEVIATIONS.md', deviations, top / 'tests'):
+    text = re.sub(r'^```.*?^```', '', text, flags=re.S | re.M)
+    heads = {re.sub(r'[^a-z0-9 -]', '', h.lower()).replace(' ', '-') for h in re.findall(r'^#+ (.*)', text, re.M)}
+    for link, anchor in re.findall(r'\[[^]]*\]\(([^)#: ]*)(?:#([^) ]*))?\)', text):
+        if not (folder / link).exists() or (anchor and not link and anchor not in heads):
+            faults.append('%s: a link leads nowhere: %s' % (name, link or '#' + anchor))
+
+# The walks of READING.md, and the lines that no test runs, name functions of ours.
+sys.path.insert(0, str(top / 'tests/study'))
+import study
+sources = study.Cpp(top)
+reading = (top / 'tests/READING.md').read_text()
+walks = re.search(r'^## The real one beside Python\n(.*?)^## ', reading, re.S | re.M)
+cells = [('READING.md', cell) for cell in re.findall(r'^\|[^|]*\|([^|]*)\|', walks.group(1) if walks else '', re.M)]
+if len([cell for _, cell in cells if '`' in cell]) < 20:
+    faults.append('tests/READING.md has no walks')
+cells += [('coverage.md', cell) for cell in re.findall(r'^\| (`[^`|]*`)', (top / 'tests/coverage.md').read_text(), re.M)]
+for paper, cell in cells:
+    for name in re.findall(r'`((?:\w+::)*~?\w+)`', cell):
+        if not sources.by_suffix(name):
+            faults.append('tests/%s: there is no %s' % (paper, name))
+
+version = re.search(r' version = ".* version ([0-9.]+)"', header).group(1)
 for path in sorted((top / 'tests').rglob('*')):
     if path.suffix in ('.cpp', '.hpp', '.py', '.sh') and 'version ' + version in path.read_text(errors='replace'):
         faults.append('%s repeats the version %s' % (path.relative_to(top), version))
 
 lines = readme.count('\n')
-if lines >= 400:
-    faults.append('README.md has %d lines' % lines)
+if lines > MOST_LINES:
+    faults.append('README.md has %d lines, not %d at most' % (lines, MOST_LINES))
 
 for fault in faults:
-    print('README.md: ' + fault)
+    print(fault)
 print('README.md: %d blocks of C++, %d deviations, %d lines; %d faults' % (len(blocks), len(rows), lines, len(faults)))
 sys.exit(1 if faults else 0)

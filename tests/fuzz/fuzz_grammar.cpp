@@ -1,5 +1,5 @@
 // A client that speaks SMTP, well or slightly wrong, as the input chooses; and a model of the server, written from
-// what is on record of CPython's smtpd and from the README's deviations. Replies and deliveries must be the model's,
+// what is on record of CPython's smtpd and from tests/DEVIATIONS.md. Replies and deliveries must be the model's,
 // byte for byte.
 
 #include <map>

@@ -10,7 +10,7 @@ the same events and the same chunks, and after each event have said all that the
 
     C++        the recorder (tests/recorder.cpp), replaying over socketpairs with --driver
     CPython    smtpd.SMTPChannel of the Python that runs this script, unmodified
-    decided    the same class of CPython, with the rows of the README's Deviations table laid
+    decided    the same class of CPython, with the rows of the Deviations table laid
                over it: the class `Decided` below is the whole list of what we do otherwise
 
 Replies, closed connections and delivered messages are compared byte for byte after every event;

@@ -12,7 +12,7 @@ What belongs together is found by name: dispatcher.recv is asyncore::dispatcher:
 anchor above the declaration says so (`// asyncore.py: _DISCONNECTED`). Comments above a definition, and above its
 declaration, are the note. The rest comes from three places:
 
-    the tables 'Deviations' and 'Not ported', in tests/DEVIATIONS.md or README.md
+    the tables 'Deviations' and 'Not ported', in tests/DEVIATIONS.md
     deviations.txt      which function a deviation is in, and which of its lines
     walks.txt           the steps of the walks
 
@@ -388,8 +388,9 @@ class Source:
             elif t.text == '{':
                 words = [h.text for h in head]
                 if 'namespace' in words[:2]:
-                    names = words[words.index('namespace') + 1:]
-                    scopes.append(('namespace', '' if words[0] == 'inline' else ''.join(names)))
+                    # One that is inline is part of no name.
+                    names = [] if words[0] == 'inline' else words[words.index('namespace') + 1:]
+                    scopes.append(('namespace', ''.join(names)))
                     return i + 1
                 if words[:1] == ['extern'] and paren is None:
                     scopes.append(('namespace', ''))
@@ -722,32 +723,25 @@ def cells(line):
 class Papers:
     def __init__(self, top, faults):
         self.rows, self.not_ported, self.private = {}, {}, ''
-        texts = [(p, p.read_text(encoding='utf-8')) for p in (top / 'tests/DEVIATIONS.md', top / 'README.md')
-                 if p.exists()]
-        for path, text in texts:
-            part = self.section(text, 'Deviations') or (text if path.name == 'DEVIATIONS.md' else '')
-            found = [cells(line) for line in re.findall(r'^\| *\d+ *\|.*$', part, re.M)]
-            for row in found:
-                if len(row) == 4:
-                    before = self.rows.get(int(row[0]) - 1)
-                    if before and row[2] == 'the same':   # as in the row above it
-                        row[2] = before.python
-                    self.rows[int(row[0])] = Row(int(row[0]), *row[1:])
-            if self.rows:
-                break
-        for _, text in texts:
-            for line in re.findall(r'^\|.*$', self.section(text, 'Not ported'), re.M):
-                row = cells(line)
-                if len(row) < 2 or row[0] == 'Python' or not row[0].strip('- :'):
-                    continue
-                for name in re.findall(r'`([A-Za-z_][\w.]*)`', row[0]):
-                    self.not_ported[name] = row[1]
-                if re.search(r'(?<!\w)__[a-z]\w*?(?<!__)\b', row[0]):
-                    self.private = row[1]
-            if self.not_ported:
-                break
+        path = top / 'tests/DEVIATIONS.md'
+        text = path.read_text(encoding='utf-8') if path.exists() else ''
+        for line in re.findall(r'^\| *\d+ *\|.*$', self.section(text, 'Deviations'), re.M):
+            row = cells(line)
+            if len(row) == 4:
+                before = self.rows.get(int(row[0]) - 1)
+                if before and row[2] == 'the same':   # as in the row above it
+                    row[2] = before.python
+                self.rows[int(row[0])] = Row(int(row[0]), *row[1:])
+        for line in re.findall(r'^\|.*$', self.section(text, 'Not ported'), re.M):
+            row = cells(line)
+            if len(row) < 2 or row[0] == 'Python' or not row[0].strip('- :'):
+                continue
+            for name in re.findall(r'`([A-Za-z_][\w.]*)`', row[0]):
+                self.not_ported[name] = row[1]
+            if re.search(r'(?<!\w)__[a-z]\w*?(?<!__)\b', row[0]):
+                self.private = row[1]
         if not self.rows:
-            faults.append("no table of deviations in tests/DEVIATIONS.md or README.md")
+            faults.append('no table of deviations in tests/DEVIATIONS.md')
         for path in sorted((top / 'tests').glob('*.cpp')):
             text = path.read_text(encoding='utf-8', errors='replace')
             for found in re.finditer(r'// Deviations? ((?:\d+(?:, | and )?)+)[^\n]*\n(?:\s*//[^\n]*\n)*\s*'
