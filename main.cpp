@@ -33,7 +33,7 @@ Usage: %program% [options] [localhost:localport [remotehost:remoteport]]
 Options:
 
     -n, --nosetuid
-        Stay the user that you are. Without it the program becomes `nobody'
+        Keep your user. Without this option the program becomes `nobody'
         once it listens, which takes root to do.
 
     -V, --version
@@ -57,7 +57,7 @@ Options:
         default.
 
     -d, --debug
-        Tell the conversation on stderr.
+        Print the conversation on stderr.
 
     -h, --help
         Print this and exit.
@@ -66,8 +66,8 @@ localhost:localport is where to listen, localhost:8025 by default;
 remotehost:remoteport is where the proxies send, localhost:25 by default. An
 IPv6 address stands in brackets: [::1]:8025.
 
-The proxies send anything anywhere for whoever connects: an open relay, if
-strangers can reach it.
+The proxies send mail anywhere for every client: an open relay, if strangers
+can reach it.
 
 Version: %version%
 )";

@@ -237,9 +237,9 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
     if (_decode_data) utf8_size_ += utf8_prefix(std::string_view(received_lines).substr(utf8_size_));
 }
 
-// Makes room for a message at once: as much as was declared, or as the message before it took; beyond 4 MiB, as much
-// as is usual. What is not used of it costs address space, no memory. It is a wish: the message may fit where that
-// fails.
+// Reserves the declared size, else the size of the previous message; past 4 MiB the usual limit. Unused pages are never
+// touched, so they cost no memory. When the system refuses that much, less is asked for: the message may fit all the
+// same.
 void SMTPChannel::make_room(std::size_t more) {
     constexpr std::size_t large = 1 << 22;
     const std::size_t needed = received_lines.size() + more, before = received_lines.capacity();

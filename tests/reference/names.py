@@ -164,9 +164,9 @@ def functions(module):
     return list(dict.fromkeys(walk(tree.body, '')))
 
 
-def not_ported(readme):
+def not_ported(paper):
     """The names in backticks in the first column of the table 'Not ported'."""
-    text = readme.read_text(encoding='utf-8') if readme.exists() else ''
+    text = paper.read_text(encoding="utf-8") if paper.exists() else ''
     section = re.search(r'^#+ +Not ported\s*$(.*?)(?=^#|\Z)', text, re.M | re.S)
     for row in re.findall(r'^\|([^|\n]*)\|', section[1] if section else '', re.M):
         yield from re.findall(r'`([A-Za-z_][\w.]*)`', row)
@@ -214,7 +214,7 @@ def main():
 
     wanted = [(m, n) for m in MODULES for n in sorted(known[m]) if public(n)]
     papers = root / 'tests/DEVIATIONS.md'
-    rows = list(not_ported(papers if papers.exists() else root / 'README.md'))
+    rows = list(not_ported(papers))
     for token in rows:
         means = [(m, n) for m in MODULES for n in known[m] if same(token, m, n.replace('.=', '.'))]
         if not means:
