@@ -862,9 +862,7 @@ void async_chat::unread(std::string_view bytes) {
         consumed_ -= bytes.size();
         return;
     }
-    std::string rest(bytes);
-    rest += input_;
-    kept_ = std::move(rest);
+    kept_ = std::string(bytes).append(input_);
     input_ = kept_;
     consumed_ = 0;
 }
@@ -971,7 +969,7 @@ bool async_chat::send_some() {
         ~busy() { flag = false; }
     } busy(sending_);
     bool sent = false;
-    while (!producer_fifo.empty() && connected) {
+    while (sending_ && !producer_fifo.empty() && connected) {
         if (std::holds_alternative<close_mark>(producer_fifo.front())) {
             producer_fifo.pop_front();
             handle_close();

@@ -73,7 +73,7 @@ struct deferred_reply::owed {
     bool in_hook = true;                 // the hook or the command is still running
     std::optional<std::string> status;   // given while it was
 
-    explicit owed(SMTPChannel* who) : channel(who) { channel->owed_ = this; }
+    explicit owed(SMTPChannel* who);
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
     ~owed();
@@ -218,7 +218,7 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
     if (smtp_state == DATA) data_left_ -= data.size();
     // What smtp_DATA has put back, unless it became part of the terminator.
     if (std::exchange(data_starts_, false) && data.substr(0, 2) == "\r\n") data.remove_prefix(2);
-    if (data.empty()) return;
+    if (data.empty() || !smtp_server) return;
     const std::size_t limit = smtp_state == DATA ? data_size_limit : max_command_size_limit();
     if (limit && num_bytes > limit) return;
     num_bytes += data.size();
@@ -259,6 +259,7 @@ void SMTPChannel::make_room(std::size_t more) {
 // A line or a message is complete. It leaves received_lines first: whatever happens from here on, the next one starts
 // with nothing.
 void SMTPChannel::found_terminator() {
+    if (!smtp_server) return;   // a subclass's collect_incoming_data() may have destroyed it
     std::string line;
     line.swap(received_lines);
     const std::size_t size = std::exchange(num_bytes, 0);
@@ -294,6 +295,7 @@ void SMTPChannel::execute(std::string_view line, std::size_t size) {
         return;
     } catch (...) {
         executing_ = false;
+        if (replied_ && asked_) finish(std::exchange(asked_, nullptr), std::nullopt);
         if (replied_) throw;   // it can't be taken back
         leaving = log_unless_ExitNow("uncaptured C++ exception in a command of");
     }
@@ -333,6 +335,7 @@ std::exception_ptr SMTPChannel::log_unless_ExitNow(std::string_view what) {
 
 // Refuses an address when a hook has said so.
 bool SMTPChannel::refused(const std::string& reply) {
+    if (!connected) return true;   // the hook has closed it, or destroyed the server
     if (reply.empty() || asked_) return false;
     const bool proper = is_reply(reply) && reply[0] >= '4';
     if (!proper) log_info("not a refusal: " + asyncore::repr(reply), "error");
@@ -1474,6 +1477,11 @@ const std::map<std::string, server_factory>& server_class::all() { return known_
 // Replies that come later: not in smtpd.py
 // ---------------------------------------------------------------------------------------------------------
 
+// A channel waits for one reply: the last that was asked for.
+deferred_reply::owed::owed(SMTPChannel* who) : channel(who) {
+    if (owed* former = std::exchange(channel->owed_, this)) former->channel = nullptr;
+}
+
 deferred_reply::owed::~owed() {
     // The last that could have answered has gone without a word.
     if (SMTPChannel* waiting = take_channel()) guarded(*waiting, [&] { waiting->answer_lost(); });
@@ -1692,6 +1700,12 @@ SMTP::~SMTP() {
 
 void SMTP::connect(const address& server, handler then) {
     expect(std::move(then), wait_.connect);
+    // Nothing is left of a connection before.
+    discard_buffers();
+    line_.clear();
+    answer_ = {};
+    quitting_ = cut_off_ = false;
+    next_ = awaited::answer;
     if (server.none()) return fail("there is no server to connect to");
     address to = server;
     if (to.port == 0 && to.family != AF_UNIX) to.port = 25;

@@ -319,7 +319,7 @@ class SMTPServer : public asyncore::dispatcher {
                                                        const message_options& kwargs);
 
     // Stops listening; each channel says 421, those with a message in hand when they have done with it, all of
-    // them within `grace`. The loop goes on until they are gone.
+    // them within `grace`. The loop goes on until they are gone. No channel may destroy the server meanwhile.
     virtual void stop(std::chrono::milliseconds grace);
     // Throws when it can't do its work as it is set up. The program asks once, when it has dropped its privileges.
     virtual void check_settings() const {}

@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 
 #include <array>
+#include <functional>
 #include <iostream>
 #include <memory>
 
@@ -180,13 +181,7 @@ TEST(hostile, more_clients_than_are_wanted) {
 
 // A limit is no promise that there is so much memory.
 TEST(hostile, room_for_a_message_is_a_wish) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    return;   // a limit of the address space is nothing for them
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-    return;
-#endif
-#endif
+    if (test::sanitized) SKIP("a limit of the address space is nothing for a sanitizer");
     const std::string line(997, 'x');
     for (const std::size_t limit : {std::size_t(99999999999), std::size_t(0), smtpd::DATA_SIZE_DEFAULT}) {
         smtpd::options with;
@@ -343,6 +338,115 @@ TEST(hostile, a_command_leaves_the_loop) {
     it.client->hear("");
     for (int i = 0; i < 3; ++i) asyncore::poll(0.0, &it.map);
     it.client->hear(NOT_PROCESSED + "\r\n250 OK\r\n");
+}
+
+// What a command owes stands when it has begun to answer, and then leaves the loop.
+TEST(hostile, a_command_that_owes_leaves_the_loop) {
+    struct leaving : SMTPChannel {
+        using SMTPChannel::SMTPChannel;
+        std::function<void(const smtpd::deferred_reply&)> with;
+        void smtp_HELP(argument) override {
+            push("250-first");
+            with(defer());
+            throw asyncore::ExitNow();
+        }
+    };
+    smtpd::deferred_reply kept;
+    const std::pair<std::function<void(const smtpd::deferred_reply&)>, std::string> rows[] = {
+        {[](const auto&) {}, NOT_PROCESSED},
+        {[](const auto& reply) { reply.answer("250 second"); }, "250 second"},
+        {[&](const auto& reply) { kept = reply; }, "250 later"}};
+    for (const auto& [with, last] : rows) {
+        talking<leaving> it;
+        it.channel().with = with;
+        it.client->end_of_it().send("HELP\r\nNOOP\r\n");
+        CHECK_THROWS(run_until(it.map, [] { return false; }), asyncore::ExitNow);
+        kept.answer("250 later");
+        for (int i = 0; i < 3; ++i) asyncore::poll(0.0, &it.map);
+        it.client->hear("250-first\r\n" + last + "\r\n250 OK\r\n");
+    }
+}
+
+// A channel that is asked to owe once more waits for that answer, and the one before it reaches nobody, ever.
+TEST(hostile, two_answers_are_owed) {
+    struct owing : SMTPChannel {
+        using SMTPChannel::SMTPChannel;
+    };
+    for (const bool gone : {false, true}) {
+        talking<owing> it;
+        const auto first = it.channel().defer(), second = it.channel().defer();
+        second.answer("250 second");
+        it.client->hear("250 second\r\n");
+        if (gone) it.channel().close();
+        asyncore::poll(0.0, &it.map);
+        first.answer("250 first");
+        if (!gone) it.line("NOOP", "250 OK");
+    }
+}
+
+// Nor is a server needed any more by what a hook returns to.
+TEST(hostile, the_server_is_destroyed_in_a_hook) {
+    struct destroying : SMTPChannel {
+        using SMTPChannel::SMTPChannel;
+        std::unique_ptr<serving<destroying>>* owner = nullptr;
+        bool late = false;
+        void collect_incoming_data(std::string_view data) override {
+            if (smtp_state == DATA && !late) owner->reset();
+            SMTPChannel::collect_incoming_data(data);
+        }
+        void found_terminator() override {
+            if (smtp_state == DATA) owner->reset();
+            SMTPChannel::found_terminator();
+        }
+    };
+    for (const bool late : {false, true}) {
+        for (const std::size_t size : {1u, 100000u}) {
+            map_type map;
+            auto server = std::make_unique<serving<destroying>>(map);
+            server->prepare = [&](destroying& it) {
+                it.owner = &server, it.late = late, it.ac_in_buffer_size = 200000;
+            };
+            wire client = wire::to(*server);
+            client.send("HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n");
+            run_until(map, [&] { return client.take().find("354") != std::string::npos; });
+            client.send(std::string(size, 'x') + "\r\n.\r\n");
+            run_until(map, [&] { return map.empty(); });
+            CHECK(!server);
+        }
+    }
+}
+
+// What a hook has closed asks no next server.
+TEST(hostile, a_hook_closes_the_channel_of_a_proxy) {
+    struct parting : smtpd::ProxyChannel {
+        using ProxyChannel::ProxyChannel;
+        std::function<void()> in_MAIL, in_RCPT;
+        std::string refuse_MAIL(const std::string&) override { return in_MAIL(), ""; }
+        std::string refuse_RCPT(const std::string&) override { return in_RCPT(), ""; }
+    };
+    struct proxy : smtpd::PureProxy {
+        using PureProxy::PureProxy;
+        parting* made = nullptr;
+        std::unique_ptr<SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
+                                                   const asyncore::address& from) override {
+            auto channel = std::make_unique<parting>(*this, std::move(conn), from);
+            made = channel.get();
+            return channel;
+        }
+    };
+    for (const bool at_MAIL : {true, false}) {
+        map_type map;
+        recorder next(map);
+        smtpd::options with;
+        with.map = &map;
+        auto server = std::make_unique<proxy>(asyncore::address("127.0.0.1", 0), next.socket->getsockname(), with);
+        wire client = wire::to(*server);
+        (at_MAIL ? server->made->in_MAIL : server->made->in_RCPT) = [&] { server.reset(); };
+        (at_MAIL ? server->made->in_RCPT : server->made->in_MAIL) = [] {};
+        client.send("HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n");
+        run_until(map, [&] { return client.receive_all(), client.eof; });
+        CHECK(!server);
+    }
 }
 
 // Deviation 23

@@ -918,6 +918,18 @@ TEST(output, a_producer_that_discards_the_queue_and_more) {
     CHECK(with.it.producer_fifo.empty());
 }
 
+// What a producer queues instead is not lost when the peer takes no more of it.
+TEST(output, a_producer_that_queues_something_else) {
+    talk with;
+    const std::string text(5000000, 'x');
+    with.it.push_with_producer(make([&]() -> std::string {
+        with.it.discard_buffers();
+        for (std::size_t at = 0; at < text.size(); at += 100000) with.it.push(text.substr(at, 100000));
+        return "";
+    }));
+    CHECK_EQ(support::wait_for(with.map, with.end, text).size(), text.size());
+}
+
 TEST(pause, a_deadline_of_ones_own_closes) {
     struct hasty : chat {
         using chat::chat;

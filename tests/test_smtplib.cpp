@@ -664,6 +664,22 @@ TEST(smtplib, a_session_that_can_not_say_QUIT_does_not_stay) {
     it.run_until([&] { return !it.session.connected; });
 }
 
+// A session may connect again, whatever was left of the connection before.
+TEST(smtplib, connected_again) {
+    for (const std::string left : {"250-first\r\n", "25", ""}) {
+        talk with;
+        with.up.script["EHLO client"] = {left.empty() ? says("250 fine") : sends(left).then_hangs_up()};
+        CHECK_EQ(with.connect().substr(0, 4), std::string("220 "));
+        with.say("EHLO client");
+        if (left.empty()) with.session.quit();
+        with.run_until([&] { return !with.session.connected; });
+        CHECK_EQ(with.connect().substr(0, 4), std::string("220 "));
+        CHECK_EQ(with.say("RSET").substr(0, 4), std::string("250 "));
+        with.session.quit();
+        with.run_until([&] { return with.up.open() == 0; });
+    }
+}
+
 // What on_close throws does not leave without an answer who waits for one.
 TEST(smtplib, on_close_that_throws) {
     talk it;
