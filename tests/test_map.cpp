@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "support.hpp"
+#include "dialog.hpp"
 #include "test.hpp"
 
 namespace {
@@ -131,8 +131,8 @@ TEST(map, a_server_closes_its_channels_when_it_ends) {
     asyncore::map_type map;
     {
         support::recorder server(map);
-        auto client = support::client::pair(server);
-        CHECK_EQ(client.hear().substr(0, 4), std::string("220 "));
+        auto client = support::wire::to(server);
+        CHECK_EQ(client.take().substr(0, 4), std::string("220 "));
         CHECK_EQ(map.size(), 2u);
     }
     CHECK(map.empty());
