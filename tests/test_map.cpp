@@ -1,5 +1,6 @@
 // Ownership: one map, one rule.
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -177,6 +178,23 @@ TEST(map, what_it_does_not_take) {
     CHECK(other.empty());
     asyncore::dispatcher closed(nullptr, &map);
     CHECK_THROWS(closed.add_channel(), std::invalid_argument);
+    ::close(b);
+}
+
+// What clear() has left behind is not found again, when a lower descriptor comes back.
+TEST(map, it_knows_no_descriptor_beyond_its_own) {
+    asyncore::map_type map;
+    const auto [a, b] = socket_pair();
+    const int low = ::fcntl(a, F_DUPFD, 200), next = ::fcntl(b, F_DUPFD, low + 1);
+    {
+        probe one(map, low, [](probe&) {}), two(map, next, [](probe&) {});
+        CHECK(map.get(next) == &two);
+        map.clear();
+    }
+    probe again(map, ::dup2(a, low), [](probe&) {});
+    CHECK(map.get(low) == &again);
+    for (int fd = low + 1; fd < low + 100; ++fd) CHECK(map.get(fd) == nullptr);
+    ::close(a);
     ::close(b);
 }
 

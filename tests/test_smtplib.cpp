@@ -216,6 +216,13 @@ TEST(smtplib, a_session_by_hand) {
                          "/ RCPT TO:<b@example> / DATA / (message) / RSET / QUIT"));
 }
 
+// The last piece of a message would wait for an answer otherwise, which may take its time.
+TEST(smtplib, no_packet_waits_for_an_answer) {
+    talk_with<> it;
+    CHECK_EQ(it.connect(), std::string("220 upstream ready"));
+    CHECK(it.session.socket->getsockopt(IPPROTO_TCP, TCP_NODELAY) != 0);
+}
+
 TEST(smtplib, features) {
     talk it;
     it.session.local_hostname = "me.test";
