@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Checks README.md against the tree: each block of C++ stands, as it is, in one of the tested examples; each row of
 Deviations has a test that names its number; links lead somewhere; it is shorter than 400 lines. And no test repeats
-the version of smtpd.hpp: a release changes one line.
+the version of smtpd.hpp: a release changes one line. The links of the other pages lead somewhere as well; tests/README.md
+names each file and folder of tests/, each suite in the row of its file, and no suite that there is not.
 """
 import pathlib
 import re
@@ -36,16 +37,42 @@ for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', re.sub(r'^```.*?^```', '', re
     if not (top / link).exists():
         faults.append('a link leads nowhere: ' + link)
 
+pages = ['tests/README.md', 'tests/READING.md', *(str(path.relative_to(top)) for path in sorted(top.glob('.github/*.md')))]
+for page in pages:
+    text = re.sub(r'^```.*?^```', '', (top / page).read_text(), flags=re.S | re.M)
+    for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', text):
+        if not (top / page).parent.joinpath(link).exists():
+            faults.append('%s: a link leads nowhere: %s' % (page, link))
+
+guide = (top / 'tests/README.md').read_text()
+for path in sorted((top / 'tests').iterdir()):
+    if path.name not in ('README.md', 'core', 'bin', '__pycache__') and path.suffix != '.o' and '](%s' % path.name not in guide:
+        faults.append('tests/README.md does not name ' + path.name)
+for row in re.findall(r'^\| (\[test_.*)$', guide, re.M):
+    files, suites = row.split(' | ')[:2]
+    text = ''.join((top / 'tests' / name).read_text() for name in re.findall(r'\]\((test_\w+\.cpp)\)', files))
+    there = set(re.findall(r'^TEST\((\w+),', text, re.M))
+    named = set(re.findall(r'`(\w+)`', suites))
+    if 'CPython' not in suites and there != named:
+        faults.append('tests/README.md: the suites of %s are %s' % (files, ', '.join(sorted(there))))
+
 version = re.search(r' version = ".* version ([0-9.]+)"', (top / 'smtpd.hpp').read_text()).group(1)
 for path in sorted((top / 'tests').rglob('*')):
     if path.suffix in ('.cpp', '.hpp', '.py', '.sh') and 'version ' + version in path.read_text(errors='replace'):
         faults.append('%s repeats the version %s' % (path.relative_to(top), version))
+
+# What .editorconfig asks for.
+for path in sorted(top.rglob('*')):
+    if path.suffix in ('.cpp', '.hpp', '.py', '.sh', '.md') and path.is_file() and not str(path.relative_to(top)).startswith(('dist/', 'build')):
+        text = path.read_bytes()
+        if b'\r' in text or b'\t' in text or re.search(rb'[ \t]\n', text) or not text.endswith(b'\n'):
+            faults.append('%s: a tab, a CR, a blank before a line end, or no line end at the end' % path.relative_to(top))
 
 lines = readme.count('\n')
 if lines >= 400:
     faults.append('README.md has %d lines' % lines)
 
 for fault in faults:
-    print('README.md: ' + fault)
+    print(fault if re.match(r'[\w./]+: |tests/', fault) else 'README.md: ' + fault)
 print('README.md: %d blocks of C++, %d deviations, %d lines; %d faults' % (len(blocks), len(rows), lines, len(faults)))
 sys.exit(1 if faults else 0)
