@@ -28,4 +28,4 @@ void run_until(asyncore::map_type& map, const std::function<bool()>& done, bool 
     }
 }
 
-}  // namespace support
+}   // namespace support

@@ -35,7 +35,7 @@ class probe : public asyncore::dispatcher {
     int* destroyed_;
 };
 
-}  // namespace
+}   // namespace
 
 TEST(map, a_dispatcher_registers_itself_and_leaves) {
     asyncore::map_type map;
@@ -54,10 +54,13 @@ TEST(map, an_owned_object_that_closes_itself_goes_on_running) {
     const auto [a, b] = socket_pair();
     int destroyed = 0;
     bool alive_after_close = false;
-    map.own(std::make_unique<probe>(map, a, [&](probe& self) {
-        self.close();
-        alive_after_close = destroyed == 0;
-    }, &destroyed));
+    map.own(std::make_unique<probe>(
+        map, a,
+        [&](probe& self) {
+            self.close();
+            alive_after_close = destroyed == 0;
+        },
+        &destroyed));
     CHECK_EQ(::write(b, "x", 1), 1);
     asyncore::poll(1.0, &map);
     CHECK(alive_after_close);
@@ -72,7 +75,8 @@ TEST(map, nested_passes_destroy_when_the_outermost_ends) {
     int c = -1, d = -1;
     std::tie(c, d) = socket_pair();
     int destroyed = 0, seen_inside = -1;
-    map.own(std::make_unique<probe>(map, c, [](probe& self) { self.close(); }, &destroyed));
+    map.own(std::make_unique<probe>(
+        map, c, [](probe& self) { self.close(); }, &destroyed));
     probe outer(map, a, [&](probe& self) {
         self.recv(1);
         CHECK_EQ(::write(d, "x", 1), 1);
@@ -121,7 +125,8 @@ TEST(map, the_end_of_a_map_destroys_what_it_owns) {
     const auto [a, b] = socket_pair();
     {
         asyncore::map_type map;
-        map.own(std::make_unique<probe>(map, a, [](probe&) {}, &destroyed));
+        map.own(std::make_unique<probe>(
+            map, a, [](probe&) {}, &destroyed));
         CHECK_EQ(destroyed, 0);
     }
     CHECK_EQ(destroyed, 1);
@@ -146,9 +151,7 @@ TEST(map, a_deadline_bounds_the_wait) {
         using probe::probe;
         asyncore::clock::time_point due = asyncore::clock::now() + std::chrono::milliseconds(20);
         bool fired = false;
-        asyncore::clock::time_point deadline() override {
-            return fired ? asyncore::clock::time_point::max() : due;
-        }
+        asyncore::clock::time_point deadline() override { return fired ? asyncore::clock::time_point::max() : due; }
         void handle_timeout() override { fired = true; }
     } it(map, a, [](probe&) {});
     asyncore::poll(30.0, &map);
