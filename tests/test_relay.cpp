@@ -1414,3 +1414,10 @@ TEST(relay, a_slow_upstream_slows_only_its_own) {
         here.wait_until_upstream_is_left();
     }
 }
+
+// Replies come one by one: each would wait for the client's acknowledgement of the one before.
+TEST(relay, no_reply_waits_for_an_acknowledgement) {
+    scene_with<support::nameless<smtpd::PureProxy>> it;
+    CHECK(it.server.channel->conn->getsockopt(IPPROTO_TCP, TCP_NODELAY) != 0);
+    it.finish();
+}
