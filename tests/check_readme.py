@@ -37,7 +37,7 @@ for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', re.sub(r'^```.*?^```', '', re
     if not (top / link).exists():
         faults.append('a link leads nowhere: ' + link)
 
-pages = ['tests/README.md', 'tests/READING.md', *(str(path.relative_to(top)) for path in sorted(top.glob('.github/*.md')))]
+pages = [str(path.relative_to(top)) for part in ('tests', '.github') for path in sorted((top / part).rglob('*.md'))]
 for page in pages:
     text = re.sub(r'^```.*?^```', '', (top / page).read_text(), flags=re.S | re.M)
     for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', text):
