@@ -5,6 +5,7 @@ Each block of C++ stands, as it is, in one of the tested examples. Each row of t
 number. The rows that README shows are the table's own, and its figures of speed are those of the bench. The limits and
 their defaults are those of smtpd.hpp. The walks of tests/READING.md name functions that exist. Links lead somewhere.
 README has at most 240 lines. And no test repeats the version of smtpd.hpp: a release changes one line.
+tests/README.md names each file and folder of tests/, each suite in the row of its file, and no suite that there is not.
 """
 import pathlib
 import re
@@ -87,9 +88,36 @@ for paper, cell in cells:
             faults.append('tests/%s: there is no %s' % (paper, name))
 
 version = re.search(r' version = ".* version ([0-9.]+)"', header).group(1)
+
+pages = [str(path.relative_to(top)) for part in ('tests', '.github') for path in sorted((top / part).rglob('*.md'))]
+for page in pages:
+    text = re.sub(r'^```.*?^```', '', (top / page).read_text(), flags=re.S | re.M)
+    for link in re.findall(r'\[[^]]*\]\(([^)#: ]+)\)', text):
+        if not (top / page).parent.joinpath(link).exists():
+            faults.append('%s: a link leads nowhere: %s' % (page, link))
+
+guide = (top / 'tests/README.md').read_text()
+for path in sorted((top / 'tests').iterdir()):
+    if path.name not in ('README.md', 'core', 'bin', '__pycache__') and path.suffix != '.o' and '](%s' % path.name not in guide:
+        faults.append('tests/README.md does not name ' + path.name)
+for row in re.findall(r'^\| (\[test_.*)$', guide, re.M):
+    files, suites = row.split(' | ')[:2]
+    text = ''.join((top / 'tests' / name).read_text() for name in re.findall(r'\]\((test_\w+\.cpp)\)', files))
+    there = set(re.findall(r'^TEST\((\w+),', text, re.M))
+    named = set(re.findall(r'`(\w+)`', suites))
+    if 'CPython' not in suites and there != named:
+        faults.append('tests/README.md: the suites of %s are %s' % (files, ', '.join(sorted(there))))
+
 for path in sorted((top / 'tests').rglob('*')):
     if path.suffix in ('.cpp', '.hpp', '.py', '.sh') and 'version ' + version in path.read_text(errors='replace'):
         faults.append('%s repeats the version %s' % (path.relative_to(top), version))
+
+# What .editorconfig asks for.
+for path in sorted(top.rglob('*')):
+    if path.suffix in ('.cpp', '.hpp', '.py', '.sh', '.md') and path.is_file() and not str(path.relative_to(top)).startswith(('dist/', 'build')):
+        text = path.read_bytes()
+        if b'\r' in text or b'\t' in text or re.search(rb'[ \t]\n', text) or not text.endswith(b'\n'):
+            faults.append('%s: a tab, a CR, a blank before a line end, or no line end at the end' % path.relative_to(top))
 
 lines = readme.count('\n')
 if lines > MOST_LINES:

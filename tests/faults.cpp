@@ -71,7 +71,7 @@ ssize_t allowed(call which, std::size_t size) {
     return -1;
 }
 
-}  // namespace
+}   // namespace
 
 void arm(const plan& what) {
     armed = what;
@@ -89,12 +89,11 @@ long bad_closes() { return closes_of_others; }
 long live_allocations() { return live; }
 
 const char* name_of(call which) {
-    static const char* const names[] = {"none",        "allocation",  "accept",      "bind",       "close",
-                                        "connect",     "fcntl",       "getaddrinfo", "gethostname", "getnameinfo",
-                                        "getpeername", "getpwnam",    "getsockname", "getsockopt", "listen",
-                                        "open",        "pipe",        "poll",        "read",       "recv",
-                                        "select",      "send",        "setgid",      "setgroups",  "setsockopt",
-                                        "setuid",      "sigaction",   "socket",      "write"};
+    static const char* const names[] = {
+        "none",        "allocation",  "accept",      "bind",     "close",       "connect",    "fcntl",  "getaddrinfo",
+        "gethostname", "getnameinfo", "getpeername", "getpwnam", "getsockname", "getsockopt", "listen", "open",
+        "pipe",        "poll",        "read",        "recv",     "select",      "send",       "setgid", "setgroups",
+        "setsockopt",  "setuid",      "sigaction",   "socket",   "write"};
     return names[static_cast<std::size_t>(which)];
 }
 
@@ -110,21 +109,21 @@ const std::vector<int>& errors_of(call which) {
         {},
         {ENOMEM},
         // accept; with the errors of the network that Linux passes on from the new connection
-        {EINTR, EAGAIN, ECONNABORTED, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPROTO, EPERM, ENETDOWN, EHOSTUNREACH,
-         ETIMEDOUT, EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP},
+        {EINTR, EAGAIN, ECONNABORTED, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPROTO, EPERM, ENETDOWN, EHOSTUNREACH, ETIMEDOUT,
+         EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP},
         // bind
-        {EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EALREADY, EBADF, EINPROGRESS, EINVAL, ENOBUFS, ENOTSOCK,
-         EOPNOTSUPP, EACCES, EDESTADDRREQ, EISDIR, EIO, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS, EISCONN},
+        {EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EALREADY, EBADF, EINPROGRESS,  EINVAL, ENOBUFS, ENOTSOCK, EOPNOTSUPP,
+         EACCES,     EDESTADDRREQ,  EISDIR,       EIO,      ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS,    EISCONN},
         // close
         {EINTR, EIO, EBADF},
         // connect
-        {EINTR, EINPROGRESS, EALREADY, EISCONN, EADDRNOTAVAIL, EAFNOSUPPORT, EBADF, ECONNREFUSED, ENETUNREACH,
-         ENOTSOCK, EPROTOTYPE, ETIMEDOUT, EIO, EACCES, EADDRINUSE, ECONNRESET, EHOSTUNREACH, EINVAL, ENETDOWN,
-         ENOBUFS, EOPNOTSUPP, EAGAIN, EPERM},
+        {EINTR,        EINPROGRESS, EALREADY,   EISCONN,   EADDRNOTAVAIL, EAFNOSUPPORT, EBADF,      ECONNREFUSED,
+         ENETUNREACH,  ENOTSOCK,    EPROTOTYPE, ETIMEDOUT, EIO,           EACCES,       EADDRINUSE, ECONNRESET,
+         EHOSTUNREACH, EINVAL,      ENETDOWN,   ENOBUFS,   EOPNOTSUPP,    EAGAIN,       EPERM},
         // fcntl
         {EBADF, EINVAL, EMFILE},
-        {EAI_AGAIN, EAI_BADFLAGS, EAI_FAIL, EAI_FAMILY, EAI_MEMORY, EAI_NONAME, EAI_SERVICE, EAI_SOCKTYPE,
-         EAI_OVERFLOW, EAI_SYSTEM},
+        {EAI_AGAIN, EAI_BADFLAGS, EAI_FAIL, EAI_FAMILY, EAI_MEMORY, EAI_NONAME, EAI_SERVICE, EAI_SOCKTYPE, EAI_OVERFLOW,
+         EAI_SYSTEM},
         // gethostname
         {ENAMETOOLONG},
         {EAI_AGAIN, EAI_BADFLAGS, EAI_FAIL, EAI_FAMILY, EAI_MEMORY, EAI_NONAME, EAI_OVERFLOW, EAI_SYSTEM},
@@ -145,16 +144,15 @@ const std::vector<int>& errors_of(call which) {
         // poll
         {EINTR, EAGAIN, ENOMEM, EINVAL},
         // read
-        {one_byte, EINTR, EAGAIN, EBADF, EIO, EISDIR, EINVAL, ENOBUFS, ENOMEM, ENXIO, ECONNRESET, ENOTCONN,
-         ETIMEDOUT},
+        {one_byte, EINTR, EAGAIN, EBADF, EIO, EISDIR, EINVAL, ENOBUFS, ENOMEM, ENXIO, ECONNRESET, ENOTCONN, ETIMEDOUT},
         // recv
-        {one_byte, EINTR, EAGAIN, EBADF, ECONNRESET, EINVAL, ENOTCONN, ENOTSOCK, EOPNOTSUPP, ETIMEDOUT, EIO,
-         ENOBUFS, ENOMEM, ECONNREFUSED, EHOSTUNREACH},
+        {one_byte, EINTR, EAGAIN, EBADF, ECONNRESET, EINVAL, ENOTCONN, ENOTSOCK, EOPNOTSUPP, ETIMEDOUT, EIO, ENOBUFS,
+         ENOMEM, ECONNREFUSED, EHOSTUNREACH},
         // select
         {EINTR, ENOMEM, EBADF, EINVAL},
         // send
-        {one_byte, EINTR, EAGAIN, EBADF, ECONNRESET, EDESTADDRREQ, EMSGSIZE, ENOTCONN, ENOTSOCK, EOPNOTSUPP,
-         EPIPE, EACCES, EIO, ENETDOWN, ENETUNREACH, ENOBUFS, ENOMEM, ETIMEDOUT, EHOSTUNREACH},
+        {one_byte, EINTR, EAGAIN, EBADF, ECONNRESET, EDESTADDRREQ, EMSGSIZE, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE,
+         EACCES, EIO, ENETDOWN, ENETUNREACH, ENOBUFS, ENOMEM, ETIMEDOUT, EHOSTUNREACH},
         // setgid, setgroups
         {EPERM, EINVAL},
         {EPERM, EINVAL, ENOMEM},
@@ -171,7 +169,7 @@ const std::vector<int>& errors_of(call which) {
     return errors[static_cast<std::size_t>(which)];
 }
 
-}  // namespace faults
+}   // namespace faults
 
 using faults::call;
 
@@ -345,7 +343,7 @@ ssize_t __wrap_write(int fd, const void* buffer, size_t size) {
     return most < 0 ? -1 : __real_write(fd, buffer, static_cast<size_t>(most));
 }
 
-}  // extern "C"
+}   // extern "C"
 
 void* operator new(std::size_t size) {
     if (faults::fails(call::allocation)) throw std::bad_alloc();

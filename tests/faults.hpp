@@ -50,16 +50,16 @@ constexpr int one_byte = 100000;
 struct plan {
     call which = call::none;
     int error = 0;
-    long first = 0;       // the number of the call, from 1
-    long how_many = 1;    // calls in a row
+    long first = 0;      // the number of the call, from 1
+    long how_many = 1;   // calls in a row
 };
 
 void arm(const plan& what);
 void disarm();
 extern void (*on_select)();   // called by the next select(), once
-extern bool tell;           // where a call fails, on stderr: addresses for addr2line
-bool hit();                 // has a call failed since arm()?
-long seen(call which);      // calls of that kind since arm()
+extern bool tell;             // where a call fails, on stderr: addresses for addr2line
+bool hit();                   // has a call failed since arm()?
+long seen(call which);        // calls of that kind since arm()
 
 const char* name_of(call which);
 std::string name_of(call which, int error);
@@ -97,6 +97,6 @@ long bad_closes();
 // Blocks that operator new has given and not got back.
 long live_allocations();
 
-}  // namespace faults
+}   // namespace faults
 
 #endif

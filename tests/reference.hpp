@@ -69,6 +69,6 @@ std::string unescape(std::string_view text, const Values& values) {
     return out;
 }
 
-}  // namespace reference
+}   // namespace reference
 
 #endif

@@ -12,6 +12,16 @@
 
 namespace scenes {
 
+// What each of these tests needs, so that `using namespace scenes` is enough.
+using support::act;
+using support::caller;
+using support::hangs_up;
+using support::resets;
+using support::says;
+using support::says_nothing;
+using support::sends;
+using support::upstream;
+
 inline const std::string OK = "250 OK";
 inline const std::string NOT_AVAILABLE = "451 Error: the next server is not available";
 inline const std::string TAKEN = "250 2.0.0 message ok";                    // what the upstream says to a message

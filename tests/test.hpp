@@ -47,26 +47,24 @@ void check_eq(const char* file, int line, const char* text, const A& a, const B&
     if (!(a == b)) fail(file, line, std::string(text) + "\n    is  " + show(a) + "\n    not " + show(b));
 }
 
-}  // namespace test
+}   // namespace test
 
-#define TEST(suite, name)                                                                          \
-    static void suite##_##name();                                                                  \
+#define TEST(suite, name)                                                                         \
+    static void suite##_##name();                                                                 \
     static const test::registration suite##_##name##_registration(#suite, #name, suite##_##name); \
     static void suite##_##name()
 
 #define SKIP(why) throw test::skipped(why)
-#define CHECK(condition) \
-    ((condition) ? void() : test::fail(__FILE__, __LINE__, "not true: " #condition))
-#define CHECK_EQ(actual, expected) \
-    test::check_eq(__FILE__, __LINE__, #actual " == " #expected, actual, expected)
-#define CHECK_THROWS(expression, type)                                            \
-    do {                                                                          \
-        bool thrown = false;                                                      \
-        try {                                                                     \
-            expression;                                                           \
-        } catch (const type&) {                                                   \
-            thrown = true;                                                        \
-        }                                                                         \
+#define CHECK(condition) ((condition) ? void() : test::fail(__FILE__, __LINE__, "not true: " #condition))
+#define CHECK_EQ(actual, expected) test::check_eq(__FILE__, __LINE__, #actual " == " #expected, actual, expected)
+#define CHECK_THROWS(expression, type)                                                \
+    do {                                                                              \
+        bool thrown = false;                                                          \
+        try {                                                                         \
+            expression;                                                               \
+        } catch (const type&) {                                                       \
+            thrown = true;                                                            \
+        }                                                                             \
         if (!thrown) test::fail(__FILE__, __LINE__, #expression " throws no " #type); \
     } while (false)
 

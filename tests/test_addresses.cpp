@@ -46,7 +46,7 @@ std::string show(const outcome& it) {
     return it ? test::show(it->first) + ", then " + test::show(it->second) : "refused";
 }
 
-}  // namespace
+}   // namespace
 
 TEST(addresses, as_on_file) {
     std::map<std::string, int> count;
@@ -68,17 +68,15 @@ TEST(addresses, as_on_file) {
         ++count[decides];
         const std::string arg = text_of(all[0]);
         const auto found = parser::_getaddr(arg);
-        const outcome is =
-            found ? outcome(std::pair(found->first, std::string(found->second))) : std::nullopt;
+        const outcome is = found ? outcome(std::pair(found->first, std::string(found->second))) : std::nullopt;
         if (is == expected || ++wrong > 20) continue;
-        faults += "\n    addresses.txt:" + std::to_string(number) + ": " + test::show(arg) +
-                  "\n        is  " + show(is) + "\n        not " + show(expected) + "  (" + decides + ")";
+        faults += "\n    addresses.txt:" + std::to_string(number) + ": " + test::show(arg) + "\n        is  " +
+                  show(is) + "\n        not " + show(expected) + "  (" + decides + ")";
     }
-    if (wrong)
-        test::fail(__FILE__, __LINE__, std::to_string(wrong) + " of " + std::to_string(total) + faults);
+    if (wrong) test::fail(__FILE__, __LINE__, std::to_string(wrong) + " of " + std::to_string(total) + faults);
     CHECK(total > 4000);
 
-    static bool told = false;  // a test runs twice
+    static bool told = false;   // a test runs twice
     if (std::exchange(told, true)) return;
     std::printf("addresses: %d", total);
     for (const auto& [name, times] : count) std::printf(", %s %d", name.c_str(), times);
@@ -107,7 +105,7 @@ double cost(const std::string& head, const std::string& unit, std::size_t size) 
     return least;
 }
 
-}  // namespace
+}   // namespace
 
 // An argument that fails in as many ways as it has bytes is read as fast as any other. With an exception for each it
 // took 100 times as long. The bounds are coarse, so that they hold on a busy machine.

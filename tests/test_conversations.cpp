@@ -25,16 +25,15 @@
 
 namespace {
 
-constexpr const char* FILES[] = {"1-greeting", "2-addresses", "3-parameters",
-                                 "4-lines",    "5-data",      "6-closing"};
+constexpr const char* FILES[] = {"1-greeting", "2-addresses", "3-parameters", "4-lines", "5-data", "6-closing"};
 constexpr std::size_t FILE_COUNT = std::size(FILES);
 
-enum class chunks { written, split, joined };  // as in the files: `also: split joined`
+enum class chunks { written, split, joined };   // as in the files: `also: split joined`
 struct way {
     const char* name;
     bool tcp, poll2;
     chunks sends;
-    std::size_t longest;  // bytes of input: of a longer conversation this way is not tried
+    std::size_t longest;   // bytes of input: of a longer conversation this way is not tried
 };
 constexpr std::size_t ANY = SIZE_MAX;
 constexpr way WAYS[] = {
@@ -49,8 +48,8 @@ constexpr way WAYS[] = {
 constexpr std::size_t WAY_COUNT = std::size(WAYS);
 
 constexpr const char* FQDN = "mx.example.net";
-constexpr std::size_t LONGEST_SEND = 32768;  // arrives as one recv(), as when it was recorded
-constexpr std::chrono::seconds PATIENCE{5};  // until a step counts as stuck
+constexpr std::size_t LONGEST_SEND = 32768;   // arrives as one recv(), as when it was recorded
+constexpr std::chrono::seconds PATIENCE{5};   // until a step counts as stuck
 
 // ---------------------------------------------------------------------------------------------------------
 // The files
@@ -59,7 +58,7 @@ constexpr std::chrono::seconds PATIENCE{5};  // until a step counts as stuck
 struct delivery {
     std::string mailfrom;
     std::vector<std::string> rcpttos;
-    std::string mail_options, rcpt_options;  // joined by spaces
+    std::string mail_options, rcpt_options;   // joined by spaces
     std::string data;
 
     bool operator==(const delivery& other) const {
@@ -72,7 +71,7 @@ struct delivery {
 struct answer {
     std::vector<delivery> messages;
     std::string said;
-    std::string end;  // "EOF", "loop left"
+    std::string end;   // "EOF", "loop left"
 
     bool operator==(const answer& other) const {
         return messages == other.messages && said == other.said && end == other.end;
@@ -90,7 +89,7 @@ struct event {
 };
 
 struct step {
-    std::string source;  // the line, and its number: for a failure's text
+    std::string source;   // the line, and its number: for a failure's text
     int line;
     event what;
     answer expected;
@@ -103,14 +102,13 @@ struct scenario {
     std::vector<std::string> deviations;
     std::string also, ours_also;
     bool has_ours_also = false;
-    std::vector<step> steps;  // the first is the connection
+    std::vector<step> steps;   // the first is the connection
 
     scenario(const std::string& of, int at) : name(of), line(at), steps{{"the connection", at, {}, {}}} {}
 
     bool allows(chunks sends) const {
         const std::string& ways = has_ours_also ? ours_also : also;
-        return sends == chunks::written ||
-               ways.find(sends == chunks::split ? "split" : "joined") != ways.npos;
+        return sends == chunks::written || ways.find(sends == chunks::split ? "split" : "joined") != ways.npos;
     }
     std::size_t size() const {
         std::size_t sum = 0;
@@ -127,9 +125,7 @@ std::string unescape(std::string_view text) {
     });
 }
 
-bool starts_with(std::string_view text, std::string_view start) {
-    return text.substr(0, start.size()) == start;
-}
+bool starts_with(std::string_view text, std::string_view start) { return text.substr(0, start.size()) == start; }
 
 std::vector<std::string> split(std::string_view text, std::string_view by) {
     std::vector<std::string> parts;
@@ -211,7 +207,7 @@ void parse_line(scenario& it, const std::string& line, int number) {
         last.expected.said += unescape(value);
     else if (starts_with(key, "M "))
         parse_message_line(last.expected, key.substr(2), value);
-    else if (key != "P" && !starts_with(key, "PM "))  // what only CPython says
+    else if (key != "P" && !starts_with(key, "PM "))   // what only CPython says
         parse_option(it, key, value);
 }
 
@@ -255,8 +251,7 @@ class watched_channel : public smtpd::SMTPChannel {
   public:
     watched_channel(smtpd::SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock,
                     const asyncore::address& from, std::deque<traffic>& all)
-        : SMTPChannel(server, std::move(sock), from, server.settings),
-          counted_(all.emplace_back(traffic{this})) {}
+        : SMTPChannel(server, std::move(sock), from, server.settings), counted_(all.emplace_back(traffic{this})) {}
     ~watched_channel() override { counted_.alive = false; }
     std::size_t recv_into(char* buffer, std::size_t size) override {
         const std::size_t n = SMTPChannel::recv_into(buffer, size);
@@ -306,11 +301,10 @@ class watched_server : public smtpd::SMTPServer {
         messages.push_back({mailfrom, rcpttos, join(kwargs.mail_options), join(kwargs.rcpt_options), data});
         const std::string kind = behaviour_.substr(0, behaviour_.find(' '));
         const std::string what = behaviour_.substr(std::min(kind.size() + 1, behaviour_.size()));
-        if (kind == "base")
-            return SMTPServer::process_message(peer, mailfrom, rcpttos, std::move(data), kwargs);
+        if (kind == "base") return SMTPServer::process_message(peer, mailfrom, rcpttos, std::move(data), kwargs);
         if (kind == "return") return unescape(what.substr(1, what.size() - 2));
         if (kind == "throw" && (what == "ExitNow" || what == "SystemExit")) throw asyncore::ExitNow(what);
-        if (kind != "None") throw std::runtime_error(behaviour_);  // throw, int
+        if (kind != "None") throw std::runtime_error(behaviour_);   // throw, int
         return std::nullopt;
     }
 
@@ -331,7 +325,7 @@ class watched_server : public smtpd::SMTPServer {
 
 struct client {
     asyncore::socket_type sock;
-    traffic* theirs = nullptr;  // the server's side
+    traffic* theirs = nullptr;   // the server's side
     std::size_t sent = 0, got = 0;
     bool open = true;
 
@@ -397,8 +391,7 @@ class session {
             made.sock = asyncore::socket_type(AF_INET, SOCK_STREAM);
             made.sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
             const int err = made.sock.connect_ex(server_.socket->getsockname());
-            if (err != 0 && err != EINPROGRESS)
-                throw std::runtime_error("connect: " + asyncore::_strerror(err));
+            if (err != 0 && err != EINPROGRESS) throw std::runtime_error("connect: " + asyncore::_strerror(err));
         } else {
             int fds[2];
             if (::socketpair(AF_UNIX, SOCK_STREAM, 0, fds) < 0) throw std::runtime_error("socketpair");
@@ -420,8 +413,7 @@ class session {
             const traffic& theirs = *it.theirs;
             if (!theirs.alive || it.got < theirs.sent) ended = it.receive(to.said) || ended;
             if (!theirs.alive) return ended;
-            return !until_closed && theirs.read == it.sent && theirs.sent == it.got &&
-                   theirs.channel->queued() == 0;
+            return !until_closed && theirs.read == it.sent && theirs.sent == it.got && theirs.channel->queued() == 0;
         });
         if (!ended) return;
         it.open = false;
@@ -437,7 +429,7 @@ class session {
             throw;
         }
         it.sent += data.size();
-        if (!how_.tcp) return;  // there already
+        if (!how_.tcp) return;   // there already
         int waiting = 0;
         spin(
             [&] {
@@ -496,7 +488,7 @@ class session {
     asyncore::map_type map_;
     watched_server server_;
     client client_;
-    bool left_ = false;  // an exception has left the loop
+    bool left_ = false;   // an exception has left the loop
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -529,7 +521,7 @@ std::string difference(const answer& expected, const answer& got) {
     return "\n        expected " + excerpt(a, from) + "\n        got      " + excerpt(b, from);
 }
 
-using fault = std::optional<std::string>;  // what is wrong, if anything
+using fault = std::optional<std::string>;   // what is wrong, if anything
 
 fault play_as_written(const scenario& it, const way& how, std::string& where) {
     session now(it, how);
@@ -549,8 +541,7 @@ fault play_otherwise(const scenario& it, const way& how) {
     answer expected, got;
     for (const step& next : it.steps) {
         expected += next.expected;
-        if (how.sends == chunks::joined && next.what.kind == event::bytes &&
-            events.back().kind == event::bytes)
+        if (how.sends == chunks::joined && next.what.kind == event::bytes && events.back().kind == event::bytes)
             events.back().data += next.what.data;
         else
             events.push_back(next.what);
@@ -573,7 +564,7 @@ fault play(const std::string& file, const scenario& it, const way& how) {
     return found;
 }
 
-int replays[WAY_COUNT];  // so far
+int replays[WAY_COUNT];   // so far
 bool replayed[FILE_COUNT][WAY_COUNT];
 
 void replay(std::size_t file, std::size_t number) {
@@ -589,8 +580,7 @@ void replay(std::size_t file, std::size_t number) {
         }
     }
     if (wrong)
-        throw test::failure(std::to_string(wrong) + " of the first " + std::to_string(count) + " scenarios" +
-                            all);
+        throw test::failure(std::to_string(wrong) + " of the first " + std::to_string(count) + " scenarios" + all);
     if (!std::exchange(replayed[file][number], true)) replays[number] += count;
 }
 
@@ -601,15 +591,14 @@ void replay() {
 
 template <std::size_t... i>
 bool register_all(std::index_sequence<i...>) {
-    (test::registration("conversations",
-                        (FILES[i / WAY_COUNT] + std::string(".") + WAYS[i % WAY_COUNT].name).c_str(),
+    (test::registration("conversations", (FILES[i / WAY_COUNT] + std::string(".") + WAYS[i % WAY_COUNT].name).c_str(),
                         replay<i / WAY_COUNT, i % WAY_COUNT>),
      ...);
     return true;
 }
 [[maybe_unused]] const bool registered = register_all(std::make_index_sequence<FILE_COUNT * WAY_COUNT>());
 
-}  // namespace
+}   // namespace
 
 TEST(conversations, every_file_is_replayed) {
     const std::string folder = reference::path("conversations");
@@ -640,7 +629,7 @@ TEST(conversations, summary) {
     CHECK_EQ(names.size(), total);
     CHECK(total >= 250);
 
-    static bool told = false;  // a test runs twice
+    static bool told = false;   // a test runs twice
     if (std::exchange(told, true)) return;
     std::printf("conversations: %zu scenarios; replays:", total);
     const char* comma = " ";
@@ -648,7 +637,6 @@ TEST(conversations, summary) {
         std::printf("%s%s %d", std::exchange(comma, ", "), WAYS[i].name, replays[i]);
     std::printf("; deviations:");
     comma = " ";
-    for (const auto& [name, times] : count)
-        std::printf("%s%s %d", std::exchange(comma, ", "), name.c_str(), times);
+    for (const auto& [name, times] : count) std::printf("%s%s %d", std::exchange(comma, ", "), name.c_str(), times);
     std::puts("");
 }

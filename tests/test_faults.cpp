@@ -225,9 +225,9 @@ struct step {
 class talker {
   public:
     std::string name, marker, server;
-    bool ends = true;                // it leaves, and waits for the end; otherwise it stays where it is
-    bool half_closes = false;        // when it has sent everything
-    bool sends_message = true;       // all of one
+    bool ends = true;            // it leaves, and waits for the end; otherwise it stays where it is
+    bool half_closes = false;    // when it has sent everything
+    bool sends_message = true;   // all of one
     std::size_t recipients = 1;
 
     talker(std::string what, std::string to, std::vector<step> steps)
@@ -342,7 +342,8 @@ using talkers = std::vector<std::unique_ptr<talker>>;
 
 std::string body(const std::string& name, std::size_t size) {
     std::string text = "Subject: marker of " + name + ".\r\n\r\n";
-    while (text.size() < size) text += "..A line that begins with a dot, and another\r\n" + std::string(70, 'x') + "\r\n";
+    while (text.size() < size)
+        text += "..A line that begins with a dot, and another\r\n" + std::string(70, 'x') + "\r\n";
     return text + "The last line.\r\n.\r\n";
 }
 
@@ -364,8 +365,10 @@ std::unique_ptr<talker> in_turns(const std::string& name, const std::string& ser
 std::unique_ptr<talker> at_once(const std::string& name, const std::string& server, bool quits) {
     auto made = std::make_unique<talker>(
         name, server,
-        std::vector<step>{{0, "HELO client.test\r\nNOOP\r\nMAIL FROM:<s@example.com>\r\nRCPT TO:<r@example.com>\r\n"
-                              "DATA\r\n" + body(name, 0) + (quits ? "QUIT\r\n" : "")}});
+        std::vector<step>{{0,
+                           "HELO client.test\r\nNOOP\r\nMAIL FROM:<s@example.com>\r\nRCPT TO:<r@example.com>\r\n"
+                           "DATA\r\n" +
+                               body(name, 0) + (quits ? "QUIT\r\n" : "")}});
     made->half_closes = !quits;
     return made;
 }
@@ -397,8 +400,9 @@ talkers first_visitors(std::size_t large) {
     all.push_back(parked("parked silent", "direct", {}, 1));
     all.push_back(parked("parked in DATA", "direct",
                          {{0, "HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a message\r\n"}}, 5));
-    all.push_back(parked("parked in the proxy", "proxy",
-                         {{0, "EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"}}, 7));
+    all.push_back(
+        parked("parked in the proxy", "proxy",
+               {{0, "EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"}}, 7));
     return all;
 }
 
@@ -459,7 +463,8 @@ class run {
         ::unlink((folder + "/server").c_str());
         result_.hit = faults::hit();
         faults::disarm();
-        if (const int lost = faults::open_descriptors()) result_.add(std::to_string(lost) + " descriptors are left open");
+        if (const int lost = faults::open_descriptors())
+            result_.add(std::to_string(lost) + " descriptors are left open");
         if (faults::bad_closes()) result_.add("a descriptor is closed twice");
         return result_;
     }
@@ -537,7 +542,9 @@ class run {
             if (fault_.which != call::write || !faults::hit()) result_.add("ExitNow without a reason");
         } catch (const std::exception& error) {
             const sheltered again;
-            const bool excused = one_of(fault_.error, {EBADF, EINVAL}) && one_of(static_cast<int>(fault_.which), {static_cast<int>(call::select), static_cast<int>(call::poll)});
+            const bool excused =
+                one_of(fault_.error, {EBADF, EINVAL}) &&
+                one_of(static_cast<int>(fault_.which), {static_cast<int>(call::select), static_cast<int>(call::poll)});
             if (!excused) result_.add(std::string("the loop ends with an exception: ") + error.what());
             return true;   // as if the loop had been entered once more
         }
@@ -590,7 +597,8 @@ class run {
         std::string wanted;
         for (int i = 0; i < ticks_; ++i) wanted += "tick\n";
         if (here.file.got == wanted) return;
-        if (here.file._fileno >= 0 || !may_be_dead) result_.add("the file's bytes are lost: " + asyncore::repr(here.file.got));
+        if (here.file._fileno >= 0 || !may_be_dead)
+            result_.add("the file's bytes are lost: " + asyncore::repr(here.file.got));
     }
 
     void check_delivered(house& here) {
@@ -691,7 +699,8 @@ void series(plan fault, bool use_poll, long only) {
             ++board->problems;
             const std::string problem = result.problems[i].data();
             const std::string kind = problem.substr(0, problem.find_first_of("[:"));
-            if (told.insert(kind).second || tell_all) std::printf("FAILED %s: %s\n", text_of(fault, use_poll).c_str(), problem.c_str());
+            if (told.insert(kind).second || tell_all)
+                std::printf("FAILED %s: %s\n", text_of(fault, use_poll).c_str(), problem.c_str());
         }
         std::fflush(stdout);
         if (only != 0 || !result.hit) break;
@@ -726,10 +735,11 @@ void in_a_child(plan fault, bool use_poll, long only = 0) {
 // ---- The program --------------------------------------------------------------------------------------
 
 // What it calls until it runs, and at its end.
-const std::set<call> program_calls{call::allocation, call::bind, call::close, call::fcntl, call::getaddrinfo,
-                                   call::gethostname, call::getpwnam, call::getsockname, call::getsockopt,
-                                   call::listen, call::open, call::pipe, call::select, call::setgid,
-                                   call::setgroups, call::setsockopt, call::setuid, call::sigaction, call::socket};
+const std::set<call> program_calls{call::allocation,  call::bind,        call::close,     call::fcntl,
+                                   call::getaddrinfo, call::gethostname, call::getpwnam,  call::getsockname,
+                                   call::getsockopt,  call::listen,      call::open,      call::pipe,
+                                   call::select,      call::setgid,      call::setgroups, call::setsockopt,
+                                   call::setuid,      call::sigaction,   call::socket};
 
 // All that comes out of a pipe.
 std::string drained(const int (&ends)[2]) {
@@ -768,10 +778,10 @@ std::string run_program(const plan& fault) {
     if (verbose) std::fputs(told.c_str(), stderr);
     int status = 0;
     ::waitpid(child, &status, 0);
-    const bool needed = one_of(static_cast<int>(fault.which),
-                               {static_cast<int>(call::getpwnam), static_cast<int>(call::pipe),
-                                static_cast<int>(call::setgid), static_cast<int>(call::setgroups),
-                                static_cast<int>(call::setuid)});
+    const bool needed =
+        one_of(static_cast<int>(fault.which),
+               {static_cast<int>(call::getpwnam), static_cast<int>(call::pipe), static_cast<int>(call::setgid),
+                static_cast<int>(call::setgroups), static_cast<int>(call::setuid)});
     const bool logged = board->hit && printed.substr(0, 7) == "error: ";
     if (!printed.empty() && !logged) return "prints " + printed;
     if (status == 0 && told.empty()) return needed && board->hit ? "runs all the same" : "";
@@ -779,7 +789,8 @@ std::string run_program(const plan& fault) {
     if (WIFEXITED(status) && WEXITSTATUS(status) == 1 && one_line && board->hit) return "";
     if (WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM && fault.which == call::sigaction) return "";
     return (WIFSIGNALED(status) ? "ends with signal " + std::to_string(WTERMSIG(status))
-                                : "ends with status " + std::to_string(WEXITSTATUS(status))) + ": " + told;
+                                : "ends with status " + std::to_string(WEXITSTATUS(status))) +
+           ": " + told;
 }
 
 void program_series(plan fault, long only) {
@@ -831,7 +842,7 @@ void far_deadline() {
     ++board->problems;
 }
 
-}  // namespace
+}   // namespace
 
 int main(int argc, char** argv) {
     std::vector<std::string> args(argv + 1, argv + argc);
@@ -842,7 +853,8 @@ int main(int argc, char** argv) {
         args.erase(args.begin());
     }
     support::own_network();   // a listener that a fault has closed must leave its port to no other program
-    board = static_cast<shared*>(::mmap(nullptr, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    board =
+        static_cast<shared*>(::mmap(nullptr, sizeof *board, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     const char* parent = std::getenv("TMPDIR");
     folder = std::string(parent ? parent : "/tmp") + "/faults-XXXXXX";
     if (!::mkdtemp(folder.data())) return 1;

@@ -221,6 +221,8 @@ TEST(hostile, an_idle_client_holds_no_message) {
     it.mail_to_data();
     it.line("small\r\n.", "250 OK");
     CHECK_EQ(it.channel().received_data, "small");   // as in Python
+    it.line("RSET", "250 OK");
+    CHECK_EQ(it.channel().received_data, "");
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -9,13 +9,6 @@
 #include "scene.hpp"
 
 using namespace scenes;
-using support::act;
-using support::hangs_up;
-using support::resets;
-using support::says;
-using support::says_nothing;
-using support::sends;
-using support::upstream;
 
 namespace {
 

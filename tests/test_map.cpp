@@ -1,11 +1,12 @@
 // Ownership: one map, one rule.
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <tuple>
 
-#include "support.hpp"
+#include "dialog.hpp"
 #include "test.hpp"
 
 namespace {
@@ -34,7 +35,7 @@ class probe : public asyncore::dispatcher {
     int* destroyed_;
 };
 
-}  // namespace
+}   // namespace
 
 TEST(map, a_dispatcher_registers_itself_and_leaves) {
     asyncore::map_type map;
@@ -53,10 +54,13 @@ TEST(map, an_owned_object_that_closes_itself_goes_on_running) {
     const auto [a, b] = socket_pair();
     int destroyed = 0;
     bool alive_after_close = false;
-    map.own(std::make_unique<probe>(map, a, [&](probe& self) {
-        self.close();
-        alive_after_close = destroyed == 0;
-    }, &destroyed));
+    map.own(std::make_unique<probe>(
+        map, a,
+        [&](probe& self) {
+            self.close();
+            alive_after_close = destroyed == 0;
+        },
+        &destroyed));
     CHECK_EQ(::write(b, "x", 1), 1);
     asyncore::poll(1.0, &map);
     CHECK(alive_after_close);
@@ -71,7 +75,8 @@ TEST(map, nested_passes_destroy_when_the_outermost_ends) {
     int c = -1, d = -1;
     std::tie(c, d) = socket_pair();
     int destroyed = 0, seen_inside = -1;
-    map.own(std::make_unique<probe>(map, c, [](probe& self) { self.close(); }, &destroyed));
+    map.own(std::make_unique<probe>(
+        map, c, [](probe& self) { self.close(); }, &destroyed));
     probe outer(map, a, [&](probe& self) {
         self.recv(1);
         CHECK_EQ(::write(d, "x", 1), 1);
@@ -120,7 +125,8 @@ TEST(map, the_end_of_a_map_destroys_what_it_owns) {
     const auto [a, b] = socket_pair();
     {
         asyncore::map_type map;
-        map.own(std::make_unique<probe>(map, a, [](probe&) {}, &destroyed));
+        map.own(std::make_unique<probe>(
+            map, a, [](probe&) {}, &destroyed));
         CHECK_EQ(destroyed, 0);
     }
     CHECK_EQ(destroyed, 1);
@@ -131,8 +137,8 @@ TEST(map, a_server_closes_its_channels_when_it_ends) {
     asyncore::map_type map;
     {
         support::recorder server(map);
-        auto client = support::client::pair(server);
-        CHECK_EQ(client.hear().substr(0, 4), std::string("220 "));
+        auto client = support::wire::to(server);
+        CHECK_EQ(client.take().substr(0, 4), std::string("220 "));
         CHECK_EQ(map.size(), 2u);
     }
     CHECK(map.empty());
@@ -145,9 +151,7 @@ TEST(map, a_deadline_bounds_the_wait) {
         using probe::probe;
         asyncore::clock::time_point due = asyncore::clock::now() + std::chrono::milliseconds(20);
         bool fired = false;
-        asyncore::clock::time_point deadline() override {
-            return fired ? asyncore::clock::time_point::max() : due;
-        }
+        asyncore::clock::time_point deadline() override { return fired ? asyncore::clock::time_point::max() : due; }
         void handle_timeout() override { fired = true; }
     } it(map, a, [](probe&) {});
     asyncore::poll(30.0, &map);
@@ -177,6 +181,23 @@ TEST(map, what_it_does_not_take) {
     CHECK(other.empty());
     asyncore::dispatcher closed(nullptr, &map);
     CHECK_THROWS(closed.add_channel(), std::invalid_argument);
+    ::close(b);
+}
+
+// What clear() has left behind is not found again, when a lower descriptor comes back.
+TEST(map, it_knows_no_descriptor_beyond_its_own) {
+    asyncore::map_type map;
+    const auto [a, b] = socket_pair();
+    const int low = ::fcntl(a, F_DUPFD, 200), next = ::fcntl(b, F_DUPFD, low + 1);
+    {
+        probe one(map, low, [](probe&) {}), two(map, next, [](probe&) {});
+        CHECK(map.get(next) == &two);
+        map.clear();
+    }
+    probe again(map, ::dup2(a, low), [](probe&) {});
+    CHECK(map.get(low) == &again);
+    for (int fd = low + 1; fd < low + 100; ++fd) CHECK(map.get(fd) == nullptr);
+    ::close(a);
     ::close(b);
 }
 

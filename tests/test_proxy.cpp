@@ -4,14 +4,6 @@
 #include "test.hpp"
 
 using namespace scenes;
-using support::act;
-using support::caller;
-using support::hangs_up;
-using support::resets;
-using support::says;
-using support::says_nothing;
-using support::sends;
-using support::upstream;
 
 namespace {
 

@@ -10,29 +10,13 @@
 #include "scene.hpp"
 
 using namespace scenes;
-using support::act;
-using support::caller;
-using support::hangs_up;
-using support::resets;
-using support::says;
-using support::says_nothing;
-using support::sends;
-using support::upstream;
+using support::has_ipv6;
 
 namespace {
 
 const std::string NO = "550 5.1.1 never";
 const std::string NOT_NOW = "450 4.2.1 not now";
 const std::string body = "Subject: tagged-1\r\n\r\nHello";
-
-bool has_ipv6() {
-    try {
-        asyncore::socket_type(AF_INET6, SOCK_STREAM).bind({"::1", 0});
-        return true;
-    } catch (const std::system_error&) {
-        return false;
-    }
-}
 
 std::string joined(const std::vector<std::string>& words) {
     std::string text;
@@ -1429,4 +1413,11 @@ TEST(relay, a_slow_upstream_slows_only_its_own) {
         here.client.close();
         here.wait_until_upstream_is_left();
     }
+}
+
+// Replies come one by one: each would wait for the client's acknowledgement of the one before.
+TEST(relay, no_reply_waits_for_an_acknowledgement) {
+    scene_with<support::nameless<smtpd::PureProxy>> it;
+    CHECK(it.server.channel->conn->getsockopt(IPPROTO_TCP, TCP_NODELAY) != 0);
+    it.finish();
 }

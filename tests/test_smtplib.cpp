@@ -4,13 +4,6 @@
 #include "scene.hpp"
 
 using namespace scenes;
-using support::act;
-using support::hangs_up;
-using support::resets;
-using support::says;
-using support::says_nothing;
-using support::sends;
-using support::upstream;
 
 namespace {
 
@@ -221,6 +214,13 @@ TEST(smtplib, a_session_by_hand) {
     CHECK_EQ(it.up.conversation(0),
              std::string("NOOP / EHLO [127.0.0.1] / MAIL FROM:<a@client.test> SIZE=10 BODY=8BITMIME "
                          "/ RCPT TO:<b@example> / DATA / (message) / RSET / QUIT"));
+}
+
+// The last piece of a message would wait for an answer otherwise, which may take its time.
+TEST(smtplib, no_packet_waits_for_an_answer) {
+    talk_with<> it;
+    CHECK_EQ(it.connect(), std::string("220 upstream ready"));
+    CHECK(it.session.socket->getsockopt(IPPROTO_TCP, TCP_NODELAY) != 0);
 }
 
 TEST(smtplib, features) {
@@ -622,6 +622,69 @@ TEST(smtplib, no_clock_runs_between_two_commands) {
     while (asyncore::clock::now() < until) asyncore::poll(0.05, &it.map);
     CHECK_EQ(it.say("NOOP"), std::string("502 5.5.1 what?"));
     it.leave();
+}
+
+// While a message is sent, each piece that the server takes starts data_block's clock anew; then it is
+// data_termination's.
+TEST(smtplib, the_clocks_of_a_message) {
+    smtpd::timeouts wait;
+    wait.data_initiation = std::chrono::minutes(1);
+    wait.data_block = std::chrono::minutes(2);
+    wait.data_termination = std::chrono::minutes(60);
+    asyncore::map_type map;
+    auto ends = support::wire::pair();
+    support::wire& server = ends.first;
+    smtpd::SMTP session(&map, wait);
+    session.set_socket(std::move(ends.second), &map);
+    session.connected = true;
+    std::string told;
+    session.data(std::string(4 << 20, 'x'), [&](const auto& answer) { told = answer.line(); });
+    const auto left = [&] { return session.deadline() - asyncore::clock::now(); };
+    CHECK(left() <= wait.data_initiation);
+    CHECK_EQ(support::wait_for(map, server, "\r\n"), std::string("DATA\r\n"));
+    server.send("354 go on\r\n");
+    support::run_until(map, [&] { return left() > wait.data_initiation; });
+    for (int pass = 0; pass < 5; ++pass) asyncore::poll(0.0, &map);   // until there is no more room
+    const auto first = session.deadline();
+    for (int pass = 0; pass < 5; ++pass) asyncore::poll(0.0, &map);
+    CHECK(session.deadline() == first);   // nothing is taken
+    std::size_t taken = 0;
+    const auto take = [&] {
+        server.receive();
+        taken += server.take().size();
+        return session.deadline() != first;
+    };
+    support::run_until(map, take);
+    CHECK(session.deadline() > first);
+    CHECK(left() <= wait.data_block);
+    support::run_until(map, [&] {
+        take();
+        return taken == (4 << 20) + 5;
+    });
+    CHECK(left() > wait.data_block);
+    server.send("250 taken\r\n");
+    support::run_until(map, [&] { return !told.empty(); });
+    CHECK_EQ(told, std::string("250 taken"));
+    CHECK(session.deadline() == asyncore::clock::time_point::max());
+}
+
+// A server that takes no more of it.
+TEST(smtplib, a_message_that_gets_stuck) {
+    smtpd::timeouts wait;
+    wait.data_block = milliseconds(25);
+    asyncore::map_type map;
+    auto ends = support::wire::pair();
+    support::wire& server = ends.first;
+    smtpd::SMTP session(&map, wait);
+    session.set_socket(std::move(ends.second), &map);
+    session.connected = true;
+    std::string told;
+    session.data(std::string(4 << 20, 'x'), [&](const auto& answer) { told = answer.line(); });
+    CHECK_EQ(support::wait_for(map, server, "\r\n"), std::string("DATA\r\n"));
+    server.send("354 go on\r\n");
+    support::run_until(map, [&] { return !told.empty(); });
+    CHECK_EQ(told, std::string("no answer in time"));
+    CHECK(!session.connected);
 }
 
 // QUIT that has waited for the answer to the command under way waits no longer for its own than any other.

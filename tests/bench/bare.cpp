@@ -50,7 +50,7 @@ constexpr std::string_view end_of_data = "\r\n.\r\n";
 // ---- Waiting: one interface, select() or poll() ------------------------------------------------------
 
 class waiter {
-public:
+  public:
     explicit waiter(bool use_poll) : use_poll_(use_poll) {
         FD_ZERO(&read_);
         FD_ZERO(&write_);
@@ -80,11 +80,10 @@ public:
             pass_select(handler);
     }
 
-private:
+  private:
     void watch_poll(int fd, bool readable, bool writable) {
         const auto i = static_cast<std::size_t>(fd);
-        if (i >= slot_.size())
-            slot_.resize(i + 1024, npos);
+        if (i >= slot_.size()) slot_.resize(i + 1024, npos);
         const bool wanted = readable || writable;
         if (wanted && slot_[i] == npos) {
             slot_[i] = polled_.size();
@@ -104,13 +103,11 @@ private:
     template <typename Handler>
     void pass_poll(Handler handler) {
         const int ready = ::poll(polled_.data(), polled_.size(), -1);
-        if (ready < 0 && errno != EINTR)
-            fail("poll");
+        if (ready < 0 && errno != EINTR) fail("poll");
         // The handler may change polled_, so first note who is ready.
         due_.clear();
         for (std::size_t i = 0; i < polled_.size() && due_.size() < static_cast<std::size_t>(std::max(ready, 0)); ++i)
-            if (polled_[i].revents != 0)
-                due_.push_back(polled_[i]);
+            if (polled_[i].revents != 0) due_.push_back(polled_[i]);
         for (const pollfd& p : due_)
             handler(p.fd, (p.revents & (POLLIN | POLLHUP | POLLERR)) != 0, (p.revents & POLLOUT) != 0);
     }
@@ -120,8 +117,7 @@ private:
         fd_set r = read_;
         fd_set w = write_;
         int ready = ::select(highest_ + 1, &r, &w, nullptr, nullptr);
-        if (ready < 0 && errno != EINTR)
-            fail("select");
+        if (ready < 0 && errno != EINTR) fail("select");
         for (int fd = 0; fd <= highest_ && ready > 0; ++fd) {
             const bool readable = FD_ISSET(fd, &r);
             const bool writable = FD_ISSET(fd, &w);
@@ -139,14 +135,14 @@ private:
     int highest_ = 0;
     std::vector<pollfd> polled_;
     std::vector<pollfd> due_;
-    std::vector<std::size_t> slot_;  // by descriptor: its place in polled_
+    std::vector<std::size_t> slot_;   // by descriptor: its place in polled_
 };
 
 // ---- A message being stored --------------------------------------------------------------------------
 
 // Grows by doubling; is read into directly; CRLF becomes LF in place, so each byte moves once.
 class store {
-public:
+  public:
     store() = default;
     store(const store&) = delete;
     store& operator=(const store&) = delete;
@@ -164,8 +160,7 @@ public:
         if (room_ - size_ < count) {
             room_ = std::max(size_ + count, room_ * 2);
             void* grown = std::realloc(bytes_, room_);
-            if (grown == nullptr)
-                fail("realloc");
+            if (grown == nullptr) fail("realloc");
             bytes_ = static_cast<char*>(grown);
         }
         return bytes_ + size_;
@@ -178,26 +173,22 @@ public:
         char* out = bytes_ + size_;
         const char* in = out;
         const char* const last = in + count;
-        if (size_ > 0 && out[-1] == '\r' && count > 0 && *in == '\n')
-            --out;
+        if (size_ > 0 && out[-1] == '\r' && count > 0 && *in == '\n') --out;
         while (in < last) {
             const auto left = static_cast<std::size_t>(last - in);
             const auto* cr = static_cast<const char*>(std::memchr(in, '\r', left));
             const std::size_t n = cr == nullptr ? left : static_cast<std::size_t>(cr - in);
-            if (out != in)
-                std::memmove(out, in, n);
+            if (out != in) std::memmove(out, in, n);
             out += n;
             in += n;
-            if (in == last)
-                break;
-            if (in + 1 == last || in[1] != '\n')
-                *out++ = '\r';
+            if (in == last) break;
+            if (in + 1 == last || in[1] != '\n') *out++ = '\r';
             ++in;
         }
         size_ = static_cast<std::size_t>(out - bytes_);
     }
 
-private:
+  private:
     char* bytes_ = nullptr;
     std::size_t size_ = 0;
     std::size_t room_ = 0;
@@ -208,12 +199,12 @@ private:
 struct connection {
     bool open = false;
     bool in_data = false;
-    bool at_start = true;    // of a command line
-    char first = 0;          // the first letter of the command line
-    char tail[5] = {};       // the last bytes of the data so far
+    bool at_start = true;   // of a command line
+    char first = 0;         // the first letter of the command line
+    char tail[5] = {};      // the last bytes of the data so far
     std::size_t tail_size = 0;
-    int peer = -1;           // --forward: the other side
-    std::string pending;     // --forward: what the socket did not take yet
+    int peer = -1;         // --forward: the other side
+    std::string pending;   // --forward: what the socket did not take yet
 };
 
 struct settings {
@@ -226,15 +217,14 @@ struct settings {
 };
 
 class program {
-public:
+  public:
     explicit program(const settings& s) : settings_(s), wait_(s.use_poll), buffer_(s.buffer) { listen(); }
 
     [[noreturn]] void run() {
-        for (;;)
-            wait_.pass([this](int fd, bool readable, bool writable) { event(fd, readable, writable); });
+        for (;;) wait_.pass([this](int fd, bool readable, bool writable) { event(fd, readable, writable); });
     }
 
-private:
+  private:
     void listen() {
         listener_ = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         const int on = 1;
@@ -257,10 +247,8 @@ private:
             accept_all();
             return;
         }
-        if (writable && at(fd).open)
-            flush(fd);
-        if (!readable || !at(fd).open)
-            return;
+        if (writable && at(fd).open) flush(fd);
+        if (!readable || !at(fd).open) return;
         if (settings_.forwarding)
             forward(fd);
         else if (settings_.storing && at(fd).in_data)
@@ -271,17 +259,14 @@ private:
 
     connection& at(int fd) {
         const auto i = static_cast<std::size_t>(fd);
-        if (i >= connections_.size())
-            connections_.resize(i + 1024);
+        if (i >= connections_.size()) connections_.resize(i + 1024);
         return connections_[i];
     }
 
     store& stored(int fd) {
         const auto i = static_cast<std::size_t>(fd);
-        while (i >= stores_.size())
-            stores_.push_back(nullptr);
-        if (stores_[i] == nullptr)
-            stores_[i] = new store;
+        while (i >= stores_.size()) stores_.push_back(nullptr);
+        if (stores_[i] == nullptr) stores_[i] = new store;
         return *stores_[i];
     }
 
@@ -289,10 +274,8 @@ private:
         for (;;) {
             const int fd = ::accept4(listener_, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
             if (fd < 0) {
-                if (errno == ECONNABORTED || errno == EINTR)
-                    continue;
-                if (errno != EAGAIN)
-                    fail("accept");
+                if (errno == ECONNABORTED || errno == EINTR) continue;
+                if (errno != EAGAIN) fail("accept");
                 return;
             }
             at(fd) = connection{};
@@ -309,49 +292,41 @@ private:
         wait_.watch(fd, false, false);
         ::close(fd);
         at(fd).open = false;
-        if (settings_.storing && static_cast<std::size_t>(fd) < stores_.size() && stores_[static_cast<std::size_t>(fd)] != nullptr)
+        if (settings_.storing && static_cast<std::size_t>(fd) < stores_.size() &&
+            stores_[static_cast<std::size_t>(fd)] != nullptr)
             stored(fd).drop();
     }
 
     // Replies are small and the client reads them: a socket that does not take one is given up.
     void say(int fd, std::string_view text) {
-        if (::send(fd, text.data(), text.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(text.size()))
-            close_one(fd);
+        if (::send(fd, text.data(), text.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(text.size())) close_one(fd);
     }
 
     // True when there is something to work on.
     bool received(int fd, ssize_t count) {
-        if (count > 0)
-            return true;
-        if (count == 0 || (errno != EAGAIN && errno != EINTR))
-            close_one(fd);
+        if (count > 0) return true;
+        if (count == 0 || (errno != EAGAIN && errno != EINTR)) close_one(fd);
         return false;
     }
 
     void read_turn(int fd) {
         const ssize_t count = ::recv(fd, buffer_.data(), buffer_.size(), 0);
-        if (received(fd, count))
-            turn(fd, {buffer_.data(), static_cast<std::size_t>(count)});
+        if (received(fd, count)) turn(fd, {buffer_.data(), static_cast<std::size_t>(count)});
     }
 
     void turn(int fd, std::string_view in) {
         connection& c = at(fd);
         replies_.clear();
         while (!in.empty() && !c.in_data && c.first != 'Q') {
-            if (c.at_start)
-                c.first = in.front();
+            if (c.at_start) c.first = in.front();
             const std::size_t lf = in.find('\n');
             c.at_start = lf != std::string_view::npos;
             in.remove_prefix(c.at_start ? lf + 1 : in.size());
-            if (c.at_start)
-                command(c);
+            if (c.at_start) command(c);
         }
-        if (c.in_data && !in.empty())
-            data(fd, in);
-        if (!replies_.empty())
-            say(fd, replies_);
-        if (c.at_start && c.first == 'Q' && c.open)
-            close_one(fd);
+        if (c.in_data && !in.empty()) data(fd, in);
+        if (!replies_.empty()) say(fd, replies_);
+        if (c.at_start && c.first == 'Q' && c.open) close_one(fd);
     }
 
     void command(connection& c) {
@@ -362,9 +337,15 @@ private:
                 std::memcpy(c.tail, "\r\n", 2);
                 c.tail_size = 2;
                 break;
-            case 'E': replies_ += reply_ehlo; break;
-            case 'Q': replies_ += reply_quit; break;
-            default: replies_ += reply_ok; break;
+            case 'E':
+                replies_ += reply_ehlo;
+                break;
+            case 'Q':
+                replies_ += reply_quit;
+                break;
+            default:
+                replies_ += reply_ok;
+                break;
         }
     }
 
@@ -374,15 +355,13 @@ private:
             std::memcpy(stored(fd).space(in.size()), in.data(), in.size());
             stored(fd).take(in.size());
         }
-        if (ends(c, in))
-            end_message(fd);
+        if (ends(c, in)) end_message(fd);
     }
 
     void end_message(int fd) {
         at(fd).in_data = false;
         replies_ += reply_ok;
-        if (settings_.storing)
-            stored(fd).drop();
+        if (settings_.storing) stored(fd).drop();
     }
 
     // Keeps the last five bytes and tells whether they are CRLF . CRLF.
@@ -403,8 +382,7 @@ private:
         store& s = stored(fd);
         char* const place = s.space(settings_.buffer);
         const ssize_t count = ::recv(fd, place, s.free_room(), 0);
-        if (!received(fd, count))
-            return;
+        if (!received(fd, count)) return;
         const std::string_view in(place, static_cast<std::size_t>(count));
         const bool ended = ends(at(fd), in);
         s.take(in.size());
@@ -420,8 +398,7 @@ private:
     void open_upstream(int fd) {
         const int up = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         const auto* where = reinterpret_cast<const sockaddr*>(&settings_.upstream);
-        if (up < 0 || (::connect(up, where, sizeof settings_.upstream) < 0 && errno != EINPROGRESS))
-            fail("connect");
+        if (up < 0 || (::connect(up, where, sizeof settings_.upstream) < 0 && errno != EINPROGRESS)) fail("connect");
         at(up) = connection{};
         at(up).open = true;
         at(up).peer = fd;
@@ -432,15 +409,14 @@ private:
     void forward(int fd) {
         const int to = at(fd).peer;
         const ssize_t count = ::recv(fd, buffer_.data(), buffer_.size(), 0);
-        if (count < 0 && (errno == EAGAIN || errno == EINTR))
-            return;
+        if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
         if (count <= 0) {
             close_one(fd);
             close_one(to);
             return;
         }
         const ssize_t sent = ::send(to, buffer_.data(), static_cast<std::size_t>(count), MSG_NOSIGNAL);
-        if (sent < count) {  // wait until the other side takes the rest, and read nothing until then
+        if (sent < count) {   // wait until the other side takes the rest, and read nothing until then
             at(to).pending.append(buffer_.data() + std::max<ssize_t>(sent, 0), buffer_.data() + count);
             wait_.watch(to, true, true);
             wait_.watch(fd, false, false);
@@ -450,10 +426,8 @@ private:
     void flush(int fd) {
         connection& c = at(fd);
         const ssize_t sent = ::send(fd, c.pending.data(), c.pending.size(), MSG_NOSIGNAL);
-        if (sent > 0)
-            c.pending.erase(0, static_cast<std::size_t>(sent));
-        if (!c.pending.empty())
-            return;
+        if (sent > 0) c.pending.erase(0, static_cast<std::size_t>(sent));
+        if (!c.pending.empty()) return;
         wait_.watch(fd, true, false);
         wait_.watch(c.peer, true, false);
     }
@@ -463,8 +437,8 @@ private:
     int listener_ = -1;
     std::vector<char> buffer_;
     std::string replies_;
-    std::vector<connection> connections_;  // by descriptor
-    std::vector<store*> stores_;           // by descriptor, kept for the life of the program
+    std::vector<connection> connections_;   // by descriptor
+    std::vector<store*> stores_;            // by descriptor, kept for the life of the program
 };
 
 sockaddr_in parse_address(const std::string& text) {
@@ -498,7 +472,7 @@ settings parse(int argc, char** argv) {
     return s;
 }
 
-}  // namespace
+}   // namespace
 
 int main(int argc, char** argv) {
     rlimit files{};

@@ -37,8 +37,7 @@ struct bench_server : smtpd::SMTPServer {
                                                const std::vector<std::string>& /*rcpttos*/, std::string&& data,
                                                const smtpd::message_options& /*kwargs*/) override {
         const std::string taken = std::move(data);
-        if (mailfrom == "heap")
-            return heap_reply();
+        if (mailfrom == "heap") return heap_reply();
         return std::nullopt;
     }
 };
@@ -48,7 +47,7 @@ asyncore::address parse_address(const std::string& text) {
     return {text.substr(0, colon), std::atoi(text.c_str() + colon + 1)};
 }
 
-}  // namespace
+}   // namespace
 
 int main(int argc, char** argv) {
     bool use_poll = false;

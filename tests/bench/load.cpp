@@ -61,7 +61,9 @@ double seconds_since(clock_type::time_point start) {
 double own_cpu() {
     rusage u{};
     ::getrusage(RUSAGE_SELF, &u);
-    const auto seconds = [](const timeval& t) { return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6; };
+    const auto seconds = [](const timeval& t) {
+        return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
+    };
     return seconds(u.ru_utime) + seconds(u.ru_stime);
 }
 
@@ -85,38 +87,34 @@ struct settings {
 
 // Opens connections; when the ports of one source address have run out it goes on with the next of 127/8.
 class connector {
-public:
+  public:
     explicit connector(const sockaddr_in& server) : server_(server) {}
 
     // A non-blocking socket, connected or about to be.
     int open() {
         for (int attempt = 0; attempt < 250; ++attempt) {
             const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-            if (fd < 0)
-                fail_errno("socket");
+            if (fd < 0) fail_errno("socket");
             const int on = 1;
             ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-            if (host_ > 1)
-                bind_source(fd);
+            if (host_ > 1) bind_source(fd);
             if (::connect(fd, reinterpret_cast<const sockaddr*>(&server_), sizeof server_) == 0 || errno == EINPROGRESS)
                 return fd;
-            if (errno != EADDRNOTAVAIL && errno != EADDRINUSE)
-                fail_errno("connect");
+            if (errno != EADDRNOTAVAIL && errno != EADDRINUSE) fail_errno("connect");
             ::close(fd);
             host_ = host_ % 250 + 1;
         }
         fail("no free source port left");
     }
 
-private:
+  private:
     void bind_source(int fd) const {
         const int on = 1;
         ::setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
         sockaddr_in source{};
         source.sin_family = AF_INET;
         source.sin_addr.s_addr = htonl(0x7f000000U + host_);
-        if (::bind(fd, reinterpret_cast<sockaddr*>(&source), sizeof source) < 0)
-            fail_errno("bind");
+        if (::bind(fd, reinterpret_cast<sockaddr*>(&source), sizeof source) < 0) fail_errno("bind");
     }
 
     sockaddr_in server_;
@@ -130,7 +128,7 @@ struct script {
     std::string mail;
     std::vector<std::string> rcpt;
     std::string data = "DATA\r\n";
-    std::string envelope;  // all of them in one, for --pipeline
+    std::string envelope;   // all of them in one, for --pipeline
     std::string body;
     std::string quit = "QUIT\r\n";
 };
@@ -158,14 +156,12 @@ script make_script(const settings& s) {
     t.body = make_body(s.size);
     t.hello = s.ehlo ? "EHLO localhost\r\n" : "HELO localhost\r\n";
     t.mail = "MAIL FROM:<foo@localhost>";
-    if (s.declare_size)
-        t.mail += " SIZE=" + std::to_string(t.body.size() - 3);
+    if (s.declare_size) t.mail += " SIZE=" + std::to_string(t.body.size() - 3);
     t.mail += "\r\n";
     for (std::size_t i = 0; i < s.recipients; ++i)
         t.rcpt.push_back("RCPT TO:<" + (s.recipients > 1 ? std::to_string(i) : std::string()) + "foo@localhost>\r\n");
     t.envelope = t.mail;
-    for (const std::string& line : t.rcpt)
-        t.envelope += line;
+    for (const std::string& line : t.rcpt) t.envelope += line;
     t.envelope += t.data;
     return t;
 }
@@ -176,29 +172,32 @@ enum class step { greeting, hello, mail, rcpt, data, body, quit, closed };
 
 const char* expected(step s) {
     switch (s) {
-        case step::greeting: return "220";
-        case step::data: return "354";
-        case step::quit: return "221";
-        default: return "250";
+        case step::greeting:
+            return "220";
+        case step::data:
+            return "354";
+        case step::quit:
+            return "221";
+        default:
+            return "250";
     }
 }
 
 struct session {
     int fd = -1;
     step at = step::greeting;
-    std::size_t rcpt = 0;          // recipients answered so far
-    std::string_view output;       // what the socket did not take yet
-    std::string line;              // the start of a reply line that came in pieces
+    std::size_t rcpt = 0;      // recipients answered so far
+    std::string_view output;   // what the socket did not take yet
+    std::string line;          // the start of a reply line that came in pieces
 };
 
 class load {
-public:
+  public:
     explicit load(const settings& s) : settings_(s), script_(make_script(s)), connector_(s.server), input_(65536) {}
 
     void run() {
         hold_idle();
-        if (settings_.kept)
-            begin_sessions();
+        if (settings_.kept) begin_sessions();
         go(parked_);
         gate("ready");
         const auto start = clock_type::now();
@@ -214,14 +213,12 @@ public:
         gate(nullptr);
     }
 
-private:
+  private:
     void gate(const char* text) const {
-        if (text != nullptr && settings_.gate)
-            std::puts(text);
+        if (text != nullptr && settings_.gate) std::puts(text);
         std::fflush(stdout);
         char line[16];
-        if (settings_.gate && std::fgets(line, sizeof line, stdin) == nullptr)
-            std::exit(1);
+        if (settings_.gate && std::fgets(line, sizeof line, stdin) == nullptr) std::exit(1);
     }
 
     // Opens the idle connections, 50 at a time, and reads each one's greeting.
@@ -233,11 +230,9 @@ private:
                 waiting.push_back({connector_.open(), POLLIN, 0});
                 ++opened;
             }
-            if (::poll(waiting.data(), waiting.size(), 30000) <= 0)
-                fail("no greeting for an idle connection");
+            if (::poll(waiting.data(), waiting.size(), 30000) <= 0) fail("no greeting for an idle connection");
             for (std::size_t i = waiting.size(); i-- > 0;) {
-                if (waiting[i].revents == 0)
-                    continue;
+                if (waiting[i].revents == 0) continue;
                 const ssize_t count = ::recv(waiting[i].fd, input_.data(), input_.size(), 0);
                 if (count < 3 || std::string_view(input_.data(), 3) != "220")
                     fail("an idle connection was not greeted with 220");
@@ -251,23 +246,19 @@ private:
         parked_ = settings_.kept ? active_ : 0;
         sessions_.resize(active_);
         polled_.resize(active_);
-        for (std::size_t i = 0; i < sessions_.size(); ++i)
-            begin_session(i);
+        for (std::size_t i = 0; i < sessions_.size(); ++i) begin_session(i);
     }
 
     void begin_messages() {
-        for (std::size_t i = 0; i < sessions_.size(); ++i)
-            begin_message(i);
+        for (std::size_t i = 0; i < sessions_.size(); ++i) begin_message(i);
     }
 
     // Serves the sessions until the count is down to 0.
     void go(const std::size_t& count) {
         while (count > 0) {
-            if (::poll(polled_.data(), polled_.size(), 30000) <= 0)
-                fail("the server does not answer");
+            if (::poll(polled_.data(), polled_.size(), 30000) <= 0) fail("the server does not answer");
             for (std::size_t i = 0; i < polled_.size(); ++i)
-                if (polled_[i].revents != 0)
-                    event(i);
+                if (polled_[i].revents != 0) event(i);
         }
     }
 
@@ -282,17 +273,12 @@ private:
 
     void event(std::size_t i) {
         session& s = sessions_[i];
-        if ((polled_[i].revents & POLLOUT) != 0)
-            send(i, s.output);
-        if ((polled_[i].revents & (POLLIN | POLLHUP | POLLERR)) == 0)
-            return;
+        if ((polled_[i].revents & POLLOUT) != 0) send(i, s.output);
+        if ((polled_[i].revents & (POLLIN | POLLHUP | POLLERR)) == 0) return;
         const ssize_t count = ::recv(s.fd, input_.data(), input_.size(), 0);
-        if (count < 0 && (errno == EAGAIN || errno == EINTR))
-            return;
-        if (count < 0)
-            fail_errno("recv");
-        if (count == 0)
-            fail("the server closed the connection");
+        if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
+        if (count < 0) fail_errno("recv");
+        if (count == 0) fail("the server closed the connection");
         received(i, {input_.data(), static_cast<std::size_t>(count)});
     }
 
@@ -323,8 +309,7 @@ private:
         session& s = sessions_[i];
         if (line.size() < 5 || line.substr(0, 3) != expected(s.at))
             fail("expected " + std::string(expected(s.at)) + ", the server said: " + std::string(line));
-        if (line[3] == '-')
-            return;
+        if (line[3] == '-') return;
         ++replies_;
         advance(i);
     }
@@ -347,18 +332,15 @@ private:
             case step::mail:
                 s.at = step::rcpt;
                 s.rcpt = 0;
-                if (one_by_one)
-                    send(i, script_.rcpt[0]);
+                if (one_by_one) send(i, script_.rcpt[0]);
                 break;
             case step::rcpt:
                 if (++s.rcpt < script_.rcpt.size()) {
-                    if (one_by_one)
-                        send(i, script_.rcpt[s.rcpt]);
+                    if (one_by_one) send(i, script_.rcpt[s.rcpt]);
                     break;
                 }
                 s.at = step::data;
-                if (one_by_one)
-                    send(i, script_.data);
+                if (one_by_one) send(i, script_.data);
                 break;
             case step::data:
                 s.at = step::body;
@@ -374,7 +356,9 @@ private:
                 }
                 break;
             case step::quit:
-            case step::closed: s.at = step::closed; break;
+            case step::closed:
+                s.at = step::closed;
+                break;
         }
     }
 
@@ -397,8 +381,7 @@ private:
     void send(std::size_t i, std::string_view text) {
         session& s = sessions_[i];
         const ssize_t count = ::send(s.fd, text.data(), text.size(), MSG_NOSIGNAL);
-        if (count < 0 && errno != EAGAIN && errno != EINTR)
-            fail_errno("send");
+        if (count < 0 && errno != EAGAIN && errno != EINTR) fail_errno("send");
         const auto sent = static_cast<std::size_t>(std::max<ssize_t>(count, 0));
         bytes_ += sent;
         s.output = text.substr(sent);
@@ -411,8 +394,8 @@ private:
     std::vector<char> input_;
     std::vector<session> sessions_;
     std::vector<pollfd> polled_;
-    std::size_t active_ = 0;     // sessions not ended yet
-    std::size_t parked_ = 0;     // kept sessions that are still to say HELO before the time starts
+    std::size_t active_ = 0;   // sessions not ended yet
+    std::size_t parked_ = 0;   // kept sessions that are still to say HELO before the time starts
     std::size_t opened_ = 0;
     std::size_t started_ = 0;
     std::size_t done_ = 0;
@@ -430,8 +413,7 @@ bool greeted(const sockaddr_in& server) {
     if (::connect(fd, reinterpret_cast<const sockaddr*>(&server), sizeof server) == 0) {
         char text[3];
         found = ::recv(fd, text, sizeof text, MSG_WAITALL) == 3 && std::string_view(text, 3) == "220";
-        if (!found)
-            fail("the greeting is not 220");
+        if (!found) fail("the greeting is not 220");
     }
     ::close(fd);
     return found;
@@ -440,8 +422,7 @@ bool greeted(const sockaddr_in& server) {
 void wait_220(const settings& s) {
     const auto start = clock_type::now();
     const pid_t child = ::fork();
-    if (child < 0)
-        fail_errno("fork");
+    if (child < 0) fail_errno("fork");
     if (child == 0) {
         if (std::freopen("/dev/null", "w", stdout) == nullptr || std::freopen("/dev/null", "w", stderr) == nullptr)
             ::_exit(126);
@@ -449,10 +430,8 @@ void wait_220(const settings& s) {
         ::_exit(127);
     }
     while (!greeted(s.server)) {
-        if (::waitpid(child, nullptr, WNOHANG) == child)
-            fail("the command has ended");
-        if (seconds_since(start) > 30)
-            fail("no greeting");
+        if (::waitpid(child, nullptr, WNOHANG) == child) fail("the command has ended");
+        if (seconds_since(start) > 30) fail("no greeting");
         std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
     std::printf("seconds=%.6f\n", seconds_since(start));
@@ -463,10 +442,11 @@ void wait_220(const settings& s) {
 // ---- The command line --------------------------------------------------------------------------------
 
 [[noreturn]] void usage() {
-    std::fputs("usage: load [-n messages] [-c connections] [-k] [-s bytes] [-r recipients] [--ehlo] [--size]\n"
-               "            [--pipeline] [--idle count] [--gate] host:port\n"
-               "       load --wait-220 host:port -- command [argument ...]\n",
-               stderr);
+    std::fputs(
+        "usage: load [-n messages] [-c connections] [-k] [-s bytes] [-r recipients] [--ehlo] [--size]\n"
+        "            [--pipeline] [--idle count] [--gate] host:port\n"
+        "       load --wait-220 host:port -- command [argument ...]\n",
+        stderr);
     std::exit(2);
 }
 
@@ -485,8 +465,7 @@ settings parse(int argc, char** argv) {
     for (int i = 1; i < argc; ++i) {
         const std::string_view arg = argv[i];
         const auto number = [&]() -> std::size_t {
-            if (++i == argc)
-                usage();
+            if (++i == argc) usage();
             return std::strtoul(argv[i], nullptr, 10);
         };
         if (arg == "-n")
@@ -524,7 +503,7 @@ settings parse(int argc, char** argv) {
     return s;
 }
 
-}  // namespace
+}   // namespace
 
 int main(int argc, char** argv) {
     rlimit files{};

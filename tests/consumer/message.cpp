@@ -18,8 +18,8 @@ struct inbox : smtpd::SMTPServer {
 
 // Says its lines in turn, one for each reply.
 struct sender : asynchat::async_chat {
-    std::vector<std::string> lines{"HELO consumer",   "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA",
-                                   "It works.\r\n.", "QUIT"};
+    std::vector<std::string> lines{
+        "HELO consumer", "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA", "It works.\r\n.", "QUIT"};
     std::size_t said = 0;
 
     explicit sender(const asyncore::address& server) {

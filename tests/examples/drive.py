@@ -175,13 +175,18 @@ class Receiver:
         self.listener.close()
 
 
-def receiver_of_mail(port=0):
-    """A mail server that takes everything."""
-    in_data = []
+def receiver_of_mail(port=0, lmtp=False):
+    """A mail server that takes everything; LMTP has a reply for each recipient."""
+    in_data, recipients = [], []
 
     def reply(line):
         if in_data and line != b'.\r\n':
             return b''
+        if line.startswith(b'RCPT'):
+            recipients.append(line)
+        if in_data and lmtp:
+            in_data.clear()
+            return b'250 ok\r\n' * len(recipients)
         in_data[:] = [True] if line == b'DATA\r\n' else []
         return {b'DATA': b'354 go on\r\n', b'QUIT': b'221 bye\r\n'}.get(line.strip(), b'250 ok\r\n')
 
@@ -499,6 +504,168 @@ def deferred(path):
         same(len(times), 5)
         assert min(times) >= delay - 0.01 and max(times) < delay + 5, times
     return 'five answers came later, while another client was served'
+
+
+@contextlib.contextmanager
+def haproxy(program, how, host=HOST):
+    """HAProxy in front of a program: gives its port."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / 'haproxy.cfg'
+        file.write_text('defaults\n mode tcp\n timeout connect 5s\n timeout client 30s\n timeout server 30s\n'
+                        'listen mail\n bind %s:%d\n server one %s:%d %s\n' % (host, port, HOST, program.port, how))
+        with Program(shutil.which('haproxy', path=os.environ['PATH'] + ':/usr/sbin'), '-db', '-f', file, announced=False,
+                     port=port) as proxy:
+            if host == HOST:
+                proxy.connect().close()
+            yield port
+
+
+def proxy_protocol(path):
+    peers = []
+
+    def send(port, source):
+        with smtplib.SMTP(HOST, port, 'client', PATIENCE, (source, 0)) as client:
+            client.sendmail('me@example.com', 'you@example.com', MESSAGE)
+        peers.append(source)
+
+    def raw(program, *pieces):
+        with contextlib.closing(program.connect()) as sock, sock.makefile('rb') as file:
+            for piece in pieces:
+                sock.sendall(piece)
+                time.sleep(0.02 if len(pieces) > 1 else 0)
+            with contextlib.suppress(ConnectionResetError):
+                return file.readline()
+
+    message = b'HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\nhi\r\n.\r\nQUIT\r\n'
+    longest = b'PROXY UNKNOWN ' + b'x' * 91
+    with Program(path, 0) as program:
+        if shutil.which('haproxy', path=os.environ['PATH'] + ':/usr/sbin'):
+            with haproxy(program, 'send-proxy') as port:
+                for source in '127.0.0.2', '127.0.0.3':
+                    send(port, source)
+            with haproxy(program, 'send-proxy check inter 100') as port:   # its checks connect and go
+                send(port, '127.0.0.4')
+        elif os.environ.get('NO_SKIP') == '1':
+            raise AssertionError('there is no haproxy')
+        for line, host in (
+                (b'PROXY TCP4 192.0.2.7 192.0.2.1 4321 25', '192.0.2.7'), (b'PROXY TCP6 2001:DB8::7 ::1 0 65535', '2001:db8::7'),
+                (b'PROXY UNKNOWN', HOST), (b'PROXY UNKNOWN ffff::1 what ever', HOST), (longest, HOST)):
+            for pieces in ([line + b'\r\n' + message], [line[:9], line[9:] + b'\r', b'\n' + message]):
+                got = raw(program, *pieces)
+                assert got.startswith(b'220 '), (line, got)
+                peers.append(host)
+        for line in (
+                b'', b'HELO x', b'proxy UNKNOWN', b'PROXY', b'PROXY ', b'PROXY TCP4', b'PROXY  TCP4 192.0.2.7 192.0.2.1 4321 25',
+                b'PROXY TCP4 192.0.2.7 192.0.2.1 4321', b'PROXY TCP4 192.0.2.7 192.0.2.1 4321 25 ', b'PROXY TCP4 ::1 ::1 1 2',
+                b'PROXY TCP6 192.0.2.7 192.0.2.1 1 2', b'PROXY TCP4 localhost 192.0.2.1 1 2', b'PROXY TCP4 192.0.2.7 x 1 2',
+                b'PROXY TCP4 192.0.2.7 192.0.2.1 65536 2', b'PROXY TCP4 192.0.2.7 192.0.2.1 1 02',
+                b'PROXY TCP4 192.0.2.7 192.0.2.1 -1 2', b'PROXY TCP4 192.0.2.7 192.0.2.1 1 ', b'PROXY UDP4 1.2.3.4 1.2.3.4 1 2',
+                b'PROXY TCP4 192.0.2.7\0 192.0.2.1 1 2', b'\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c', longest + b'x'):
+            same(raw(program, line + b'\r\n' + message) or b'', b'')
+        same(raw(program, b'x' * 106) or b'', b'')   # no line end, and none is waited for
+        with contextlib.closing(program.connect()) as sock:
+            same(select.select([sock], [], [], 0.2)[0], [])   # the banner waits
+            sock.sendall(b'PROXY UNKNOWN\r\n')
+            assert sock.recv(1000).startswith(b'220 ')
+        raw(program, b'PROXY TCP4 192.0.2.99 192.0.2.1 1 2\r\n' + message)
+        told = program.read_until(b'X-Peer: 192.0.2.99\n').decode()
+        same(re.findall('X-Peer: (.*)', told), peers + ['192.0.2.99'])
+    with Program(path, 0, '192.0.2.1', '192.0.2.2') as program:
+        same(raw(program, b'PROXY TCP4 192.0.2.7 192.0.2.1 1 2\r\n' + message) or b'', b'')
+    return 'it told of the clients behind HAProxy, and of no other that was made up'
+
+
+def chunking(path):
+    hello = b'EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n'
+
+    def talk(program, *pieces):
+        """The replies after those to EHLO, MAIL and RCPT."""
+        with contextlib.closing(program.connect()) as sock, sock.makefile('rb') as file:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for piece in (hello, *pieces):
+                sock.sendall(piece)
+                time.sleep(0.005 if len(pieces) > 1 else 0)
+            sock.shutdown(socket.SHUT_WR)
+            text = file.read().decode()
+        assert '250-CHUNKING\r\n250 HELP\r\n250 OK\r\n250 OK\r\n' in text, text
+        return text.split('250 HELP\r\n250 OK\r\n250 OK\r\n')[1].replace('\r\n', '|')
+
+    def printed(program, data):
+        same(program.read_until(b'\n'), b'%d bytes: %s\n' % (len(data), repr(data[:1000]).encode()))
+        program.output = b''
+
+    binary = b'\n\0\r.\r\n\r\n.\r\n\x1b\xff'
+    limit = 33554432
+    with Program(path, 0) as program:
+        whole = b'BDAT 7\r\n' + binary[:7] + b'BDAT %d last\r\n' % (len(binary) - 7) + binary[7:] + b'QUIT\r\n'
+        for pieces in [whole], [whole[i:i + 1] for i in range(len(whole))], [whole[:3], whole[3:9], whole[9:]]:
+            same(talk(program, *pieces), '250 OK, 7 bytes|250 OK|221 Bye|')
+            printed(program, binary)
+        for text, expected, data in (
+                (b'BDAT 0 LAST\r\nQUIT\r\n', '250 OK|221 Bye|', b''),
+                (b'BDAT 0\r\nBDAT 3\r\n\nhiBDAT 0 LAST\r\nQUIT\r\n', '250 OK, 0 bytes|250 OK, 3 bytes|250 OK|221 Bye|', b'\nhi'),
+                (b'BDAT 2\r\nhiDATA\r\nRCPT TO:<e@f>\r\nBDAT 1 LAST\r\n!QUIT\r\n',
+                 '250 OK, 2 bytes|503 Error: BDAT has begun|250 OK|250 OK|221 Bye|', b'hi!'),
+                (b'BDAT 2\r\nnoRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 3 LAST\r\nyesQUIT\r\n',
+                 '250 OK, 2 bytes|250 OK|250 OK|250 OK|250 OK|221 Bye|', b'yes'),
+                (b'BDAT 2\r\nnoRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n..yes\r\n.\r\nQUIT\r\n',
+                 '250 OK, 2 bytes|250 OK|250 OK|250 OK|354 End data with <CR><LF>.<CR><LF>|250 OK|221 Bye|', b'.yes'),
+                (b'BDAT 2\r\nnoRSET\r\nBDAT 6 LAST\r\nQUIT\r\nNOOP\r\nQUIT\r\n',
+                 '250 OK, 2 bytes|250 OK|503 Error: need RCPT command|250 OK|221 Bye|', None),
+                (b'BDAT 600\r\n' + b'x' * 600 + b'BDAT %d\r\n' % (limit - 599) + b'RSET\r\n'.ljust(limit - 599) +
+                 b'BDAT 6 LAST\r\nQUIT\r\nNOOP\r\nQUIT\r\n',
+                 '250 OK, 600 bytes|552 Error: Too much mail data|503 Error: need RCPT command|250 OK|221 Bye|', None),
+                (b'BDAT 600\r\n' + b'x' * 600 + b'BDAT %d LAST\r\n' % (limit - 600) + b'x' * (limit - 600) +
+                 b'BDAT 6 LAST\r\nQUIT\r\nQUIT\r\n',
+                 '250 OK, 600 bytes|250 OK|503 Error: need RCPT command|221 Bye|', b'x' * limit),
+                *((b'BDAT' + wrong + b'\r\nQUIT\r\n', '501 Syntax: BDAT size [LAST]|', None) for wrong in
+                  (b'', b' ', b' LAST', b' -1', b' +1', b' 1x', b' 1LAST', b' 1 LAST x', b' 1 LAST\0', b' 1  LAST', b' 1 FIRST', b' 0x1',
+                   b' 9999999999999999'))):
+            same(talk(program, text), expected)
+            if data is not None:
+                printed(program, data)
+        program.send()   # DATA is as it was
+        printed(program, MESSAGE[:-1].encode())
+    return 'messages in chunks, of any bytes, in any pieces; what is refused is read and forgotten'
+
+
+def gate(path):
+    store, next_hop = receiver_of_mail(lmtp=True), receiver_of_mail()
+    with Program(path, 0, next_hop.port, store.port) as program:
+        if shutil.which('swaks'):
+            result = run('swaks', '--server', '%s:%d' % (HOST, program.port), '--from', 'me@example.com',
+                         '--to', 'you@elsewhere.example')
+            assert b'550 relaying denied' in result.stdout, result.stdout
+        elif os.environ.get('NO_SKIP') == '1':
+            raise AssertionError('there is no swaks')
+        with program.smtp() as client:
+            client.ehlo()
+            for domain, receiver in ('Relayed.EXAMPLE', next_hop), ('stored.example', store):
+                same(client.mail('me@example.com')[0], 250)
+                for address, code in (
+                        ('you@elsewhere.example', 550), ('you', 550), ('you@relayed.example.org', 550),
+                        ('you@sub.relayed.example', 550), ('you%relayed.example', 550),
+                        ('"you@stored.example"@elsewhere.example', 550), ('you@' + domain, 250),
+                        ('they@' + domain, 250), ('you@elsewhere.example', 550),
+                        ('you@' + ('relayed.example' if receiver is store else 'stored.example'), 452)):
+                    same((address, client.rcpt(address)[0]), (address, code))
+                same(client.data(MESSAGE)[0], 250)
+        for receiver in next_hop, store:
+            receiver.thread.join(PATIENCE)
+        for receiver, hello, domain in (next_hop, b'EHLO ', b'Relayed.EXAMPLE'), (store, b'LHLO ', b'stored.example'):
+            text = b''.join(receiver.lines)
+            assert text.startswith(hello), text
+            same(re.findall(rb'RCPT TO:<(.*)>', text), [b'you@' + domain, b'they@' + domain])
+            assert text.endswith(b'\r\n\r\nHello\r\n..\r\nworld\r\n.\r\nQUIT\r\n'), text
+        with program.smtp() as client:   # nobody is behind it any more
+            client.ehlo()
+            client.mail('me@example.com')
+            same(client.rcpt('you@elsewhere.example')[0], 550)
+            same(client.rcpt('you@relayed.example')[0], 451)
+    where = free_port()
+    same(run(path, where, where).returncode, 1)   # to itself
+    return 'mail for one domain went on, for another one into the store; all else was refused'
 
 
 def main():
