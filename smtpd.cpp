@@ -1126,31 +1126,20 @@ std::string lower(std::string text) {
 // What a proxy has to know of a message's header. It ends at the first line that is sent as an empty one; Python looks
 // for \n\n, and takes \r\r for text.
 struct header {
-    std::size_t end = 0;    // where another line goes in
-    bool unended = false;   // there is no empty line, nor an end of the last one
-    int hops = 0;           // X-Peer lines: proxies that it came through
+    std::size_t end = 0;   // where another line goes in
+    int hops = 0;          // X-Peer lines: proxies that it came through
     bool from = false, date = false;
 
     explicit header(std::string_view message) {
-        while (!unended) {
-            const std::string_view line = message.substr(end, line_length(message.substr(end)));
-            if (line.empty()) return;
-            const auto is = [&](std::string_view name) {
-                const auto same = [](char a, char b) { return a == upper(b); };
-                return line.size() >= name.size() && std::equal(name.begin(), name.end(), line.begin(), same);
-            };
-            hops += is("X-PEER:");
-            from = from || is("FROM:");
-            date = date || is("DATE:");
-            end += line.size();
+        while (const std::size_t length = line_length(message.substr(end))) {
+            const std::string name = upper(message.substr(end, std::min<std::size_t>(length, 7)));
+            hops += name == "X-PEER:";
+            from = from || name.compare(0, 5, "FROM:") == 0;
+            date = date || name.compare(0, 5, "DATE:") == 0;
+            end += length;
             if (end < message.size()) end += message.substr(end, 2) == "\r\n" ? 2 : 1;
-            // The line end that is added to the message would belong to a CR.
-            unended = end == message.size() && message.back() != '\n';
         }
     }
-
-    // A line as it is put in at `end`.
-    std::string with(const std::string& line) const { return unended ? "\n" + line : line + "\n"; }
 };
 
 constexpr int most_hops = 50;
@@ -1224,12 +1213,10 @@ const address& PureProxy::address_of(side to) const { return to == side::lists ?
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
                                                       const message_options& kwargs) {
-    const header top(data);
+    const header top(data += '\n');   // the last line's end, which was half of the end of data
     if (top.hops > most_hops) return too_many_hops;
-    letter message(std::move(data), true);
-    message.extra = top.with("X-Peer: " + peer_host(peer));
-    message.at = top.end;
-    relay(side::upstream, mailfrom, rcpttos, std::move(message), kwargs,
+    data.insert(top.end, "X-Peer: " + peer_host(peer) + "\n");
+    relay(side::upstream, mailfrom, rcpttos, std::move(data), kwargs,
           [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
     return std::nullopt;
 }
@@ -1354,7 +1341,7 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
-    enqueue_next(mailfrom, recipients, {std::move(message), true}, kwargs, std::move(then));
+    enqueue_next(mailfrom, recipients, std::move(message), kwargs, std::move(then));
 }
 
 // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
@@ -1373,20 +1360,16 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
                                                          const message_options& kwargs) {
     std::vector<std::string> listrcpts, rest;
     for (const auto& recipient : rcpttos) (route(recipient) == side::lists ? listrcpts : rest).push_back(recipient);
-    const header top(data);
+    const header top(data += '\n');
     if (top.hops > most_hops) return too_many_hops;
-    std::string added;
-    if (!top.from) added += top.with("From: " + mailfrom);
-    if (!top.date) added += top.with("Date: " + date_now());
-    const letter message(std::move(data), true);
+    const std::string added =
+        (top.from ? "" : "From: " + mailfrom + "\n") + (top.date ? "" : "Date: " + date_now() + "\n");
+    const letter message(std::move(data));
     const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
-        std::string text;
-        text.reserve(message.text->size() + added.size());
-        text.append(*message.text, 0, top.end).append(added).append(*message.text, top.end, text.npos);
-        std::string().swap(*message.text);   // upstream has it
-        enqueue(mailfrom, listrcpts, std::move(text), kwargs, finish);
+        message.text->insert(top.end, added);   // upstream has had it
+        enqueue(mailfrom, listrcpts, std::move(*message.text), kwargs, finish);
     };
     rest.empty() ? then({250, ""}) : relay(side::upstream, mailfrom, rest, message, kwargs, then);
     return std::nullopt;
@@ -1493,19 +1476,12 @@ std::size_t line_length(std::string_view text) {
 
 }   // namespace
 
-std::array<std::string_view, 4> letter::parts() const {
-    const std::string_view all = *text;
-    return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
-}
-
 std::size_t letter::size() const {
-    std::size_t size = 0;
-    char last = 0;
-    for (const auto part : parts())
-        for (const char c : part) {
-            size += !is_line_end(c) ? 1 : c == '\n' && last == '\r' ? 0 : 2;
-            last = c;
-        }
+    std::size_t size = text->size();
+    for (std::size_t i = 0; i < text->size(); ++i) {
+        const char c = (*text)[i];
+        size += (c == '\n' && (i == 0 || (*text)[i - 1] != '\r')) || (c == '\r' && (*text)[i + 1] != '\n');
+    }
     return size;
 }
 
@@ -1514,54 +1490,34 @@ namespace {
 // A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
 class message_producer : public asynchat::producer {
   public:
-    explicit message_producer(letter message) : message_(std::move(message)), parts_(message_.parts()) {}
+    explicit message_producer(letter message) : message_(std::move(message)), left_(*message_.text) {}
 
     std::string more() override {
         if (done_) return "";
-        std::size_t left = 0;
-        for (const auto part : parts_) left += part.size();
-        const std::size_t size = std::min<std::size_t>(2 * left + 5, 65536);
+        const std::size_t size = std::min<std::size_t>(2 * left_.size() + 5, 65536);
         const std::unique_ptr<char[]> piece(new char[size]);   // not filled first, as a string would be
         char* out = piece.get();
         const char* const end = out + size;
-        char last = last_;   // locals are what a loop of bytes needs
-        std::size_t column = column_;
-        for (auto& part : parts_) {
-            const char* in = part.data();
-            const char* const in_end = in + part.size();
-            while (in != in_end && end - out > 2) {
-                const char c = *in++;
-                if (is_line_end(c)) {
-                    if (c == '\r' || last != '\r') *out++ = '\r', *out++ = '\n';
-                    column = 0;
-                } else {
-                    if (c == '.' && column == 0) *out++ = '.';
-                    *out++ = c;
-                    if (++column >= 4) {   // the rest of a line that is not so short
-                        const auto room = static_cast<std::size_t>(std::min(in_end - in, end - out));
-                        const std::size_t length = line_length({in, room});
-                        out = std::copy_n(in, length, out);
-                        in += length;
-                    }
-                }
-                last = c;
-            }
-            left -= static_cast<std::size_t>(in - part.data());
-            part.remove_prefix(static_cast<std::size_t>(in - part.data()));
+        while (!left_.empty() && end - out > 2) {
+            if (!in_line_ && left_[0] == '.') *out++ = '.';
+            const std::size_t length = line_length(left_.substr(0, static_cast<std::size_t>(end - out - 2)));
+            out = std::copy_n(left_.data(), length, out);
+            left_.remove_prefix(length);
+            in_line_ = left_.empty() || !is_line_end(left_[0]);
+            if (in_line_) continue;   // it is broken off here
+            left_.remove_prefix(left_.substr(0, 2) == "\r\n" ? 2 : 1);
+            *out++ = '\r', *out++ = '\n';
         }
-        last_ = last;
-        column_ = column;
-        done_ = left == 0 && end - out >= 5;
-        if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
+        done_ = left_.empty() && end - out >= 5;
+        if (done_ && in_line_) out = std::copy_n("\r\n", 2, out);
         if (done_) out = std::copy_n(".\r\n", 3, out);
         return {piece.get(), out};
     }
 
   private:
     const letter message_;
-    std::array<std::string_view, 4> parts_;   // what is left of them
-    char last_ = '\n';                        // a byte of the last ones that were taken: CR, when that was one
-    std::size_t column_ = 0;
+    std::string_view left_;   // what is left of it
+    bool in_line_ = false;    // its first byte is not the first one of a line
     bool done_ = false;
 };
 

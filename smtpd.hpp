@@ -21,7 +21,6 @@
 #ifndef SMTPD_HPP
 #define SMTPD_HPP
 
-#include <array>
 #include <functional>
 #include <map>
 #include <set>
@@ -365,14 +364,9 @@ struct reply {
 // A message to be sent: a string; its copies share the text.
 struct letter {
     std::shared_ptr<std::string> text;
-    std::string extra{};   // goes in before byte `at` of the text
-    std::size_t at = 0;
-    bool one_more;   // line end at the end: that of a last line, which was half of the end of data
 
-    letter(std::string message, bool one_more_line_end = false)
-        : text(std::make_shared<std::string>(std::move(message))), one_more(one_more_line_end) {}
+    letter(std::string message) : text(std::make_shared<std::string>(std::move(message))) {}
     letter(const char* message) : letter(std::string(message)) {}
-    std::array<std::string_view, 4> parts() const;
     std::size_t size() const;   // bytes with CR LF line ends, before dots are doubled
 };
 
