@@ -2109,259 +2109,222 @@ bool is_reply(std::string_view text) {
 
 // Reads an address from the front of `text`, and appends what is to be kept of it to `address`. RFC 2047 words are text
 // like any other; Python decodes them, and what they hide gets into the envelope.
+//
+// The functions are Python's. False is its HeaderParseError: the caller may try another reading. (Its IndexError, after
+// which it tries none, needs no value of its own: where it is raised, the other reading fails too.) get_atom() and what
+// is below it have then taken nothing but comments and white space.
 class address_parser {
   public:
-    // Python raises one of two exceptions: after a HeaderParseError it tries another reading, after an IndexError none.
-    // A function that returns a bool can only meet the first, and then it has taken nothing but comments and white
-    // space.
-    enum result { ok, HeaderParseError, IndexError };
-
-    explicit address_parser(std::string_view input) : text(input) {}
-
-    result get_addr_spec();
-    result get_angle_addr();
-
     std::string_view text;   // what has not been read yet
     std::string address;
 
+    explicit address_parser(std::string_view input) : text(input) {}
+
+    bool get_addr_spec() {
+        if (!get_local_part()) return false;
+        if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
+            std::string quoted = "\"";
+            for (const char c : address) {
+                if (c == '"' || c == '\\') quoted += '\\';
+                quoted += c;
+            }
+            address = quoted + '"';
+        }
+        if (!next_is('@')) return true;
+        take();
+        const std::size_t size = address.size();
+        if (!get_domain()) return false;
+        const std::string domain = without_space(std::string_view(address).substr(size));
+        // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
+        if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return false;
+        address.replace(size, address.npos, domain);
+        return true;
+    }
+
+    bool get_angle_addr() {
+        get_cfws();
+        if (!skip('<')) return false;
+        if (skip('>')) {
+            address = "<>";
+            return true;
+        }
+        const std::string_view start = text;
+        if (!get_addr_spec()) {
+            text = start;
+            const bool route = get_obs_route();
+            address.clear();   // of the first reading, and of the route
+            if (!route || !get_addr_spec()) return false;
+        }
+        if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
+        skip('>');
+        get_cfws();
+        return true;
+    }
+
   private:
-    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
-    bool next_is(char c) const { return !text.empty() && text[0] == c; }
-    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
-    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
-    void skip() { text.remove_prefix(1); }
-    void take() {
-        address += text[0];
-        skip();
-    }
-    void take(std::size_t size) {
-        address.append(text, 0, size);
-        text.remove_prefix(size);
-    }
-
-    void get_ptext(std::string_view ends);
-    void get_fws() { text = lstrip(text); }
-    bool get_atext();
-    void get_bare_quoted_string();
-    void get_comment();
-    bool get_cfws();
-    bool get_atom();
-    bool get_dot_atom();
-    bool get_word();
-    result get_local_part();
-    void get_obs_local_part();
-    result get_domain_literal();
-    result get_domain();
-    result get_obs_route();
-
     static constexpr std::string_view WSP = " \t";
     static constexpr std::string_view CFWS_LEADER = " \t(";
     static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
     static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
     static constexpr std::string_view PHRASE_ENDS = ")<>@,:;[]";   // Python's has a backslash, and excepts it each time
-};
 
-// Text with its quoted pairs resolved, up to white space or one of `ends`.
-void address_parser::get_ptext(std::string_view ends) {
-    for (bool escape = false; !text.empty() && !in(text[0], WSP); skip()) {
-        if (!escape && in(text[0], ends)) return;
-        escape = text[0] == '\\' && !escape;
-        if (!escape) address += text[0];
+    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
+    bool next_is(char c) const { return !text.empty() && text[0] == c; }
+    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
+    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
+    bool skip(char c) {
+        const bool found = next_is(c);
+        text.remove_prefix(found);
+        return found;
     }
-}
-
-bool address_parser::get_atext() {
-    const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
-    take(size);
-    return size > 0;
-}
-
-void address_parser::get_bare_quoted_string() {
-    skip();   // the quote
-    while (!text.empty() && text[0] != '"') {
-        if (in(text[0], WSP))
-            take(text.size() - lstrip(text).size());
-        else
-            get_ptext("\"");
+    void take(std::size_t size = 1) {
+        address.append(text, 0, size);
+        text.remove_prefix(size);
     }
-    if (!text.empty()) skip();
-}
 
-void address_parser::get_comment() {
-    int depth = 0;
-    do {
-        if (text[0] == '(') ++depth;
-        if (text[0] == ')') --depth;
-        const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
-        text.remove_prefix(escapes ? 2 : 1);
-    } while (depth > 0 && !text.empty());
-}
-
-// Comments and folding white space; whether there was any.
-bool address_parser::get_cfws() {
-    const std::size_t before = text.size();
-    while (next_in(CFWS_LEADER)) {
-        if (text[0] == '(')
-            get_comment();
-        else
-            get_fws();
-    }
-    return text.size() != before;
-}
-
-bool address_parser::get_atom() {
-    get_cfws();
-    if (!get_atext()) return false;
-    get_cfws();
-    return true;
-}
-
-bool address_parser::get_dot_atom() {
-    get_cfws();
-    const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
-    if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos) return false;
-    take(found.size());
-    get_cfws();
-    return true;
-}
-
-bool address_parser::get_word() {
-    get_cfws();
-    if (!next_is('"')) return get_atom();
-    get_bare_quoted_string();
-    get_cfws();
-    return true;
-}
-
-address_parser::result address_parser::get_local_part() {
-    const std::string_view start = text;
-    if (text.empty()) return IndexError;
-    get_cfws();
-    if (text.empty()) return HeaderParseError;
-    if (!get_dot_atom()) {
-        if (text == "\"") return IndexError;   // Python looks at the first item of nothing
-        if (!get_word() && ends_phrase()) return HeaderParseError;
-    }
-    if (ends_phrase()) return ok;
-    text = start;   // what follows is neither: read it all once more, by the obsolete grammar
-    address.clear();
-    get_obs_local_part();
-    return ok;
-}
-
-// Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between two
-// backslashes that are out of place.
-void address_parser::get_obs_local_part() {
-    for (char before = '.';;) {
-        const bool space = get_cfws();
-        if (ends_phrase()) return;
-        const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
-        if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
-        if (next != 'a')
-            take();
-        else if (next_is('"'))
-            get_bare_quoted_string();
-        else
-            get_atext();
-        before = next;
-    }
-}
-
-address_parser::result address_parser::get_domain_literal() {
-    take();   // the bracket
-    if (next_in(WSP)) get_fws();
-    get_ptext("[]");
-    if (next_in(WSP)) get_fws();
-    if (text.empty()) return IndexError;   // not closed
-    if (text[0] != ']') return HeaderParseError;
-    take();
-    get_cfws();
-    return ok;
-}
-
-address_parser::result address_parser::get_domain() {
-    if (text.empty()) return IndexError;
-    get_cfws();
-    if (text.empty()) return HeaderParseError;
-    if (text[0] == '[') return get_domain_literal();
-    if (!get_dot_atom() && !get_atom()) return HeaderParseError;
-    if (next_is('@')) return HeaderParseError;
-    while (next_is('.')) {
-        take();
-        if (!get_atom()) return HeaderParseError;
-    }
-    return ok;
-}
-
-address_parser::result address_parser::get_addr_spec() {
-    if (const result failure = get_local_part()) return failure;
-    if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
-        std::string quoted = "\"";
-        for (const char c : address) {
-            if (c == '"' || c == '\\') quoted += '\\';
-            quoted += c;
+    // Text with its quoted pairs resolved, up to white space or one of `ends`.
+    void get_ptext(std::string_view ends) {
+        for (bool escape = false; !text.empty() && !in(text[0], WSP); text.remove_prefix(1)) {
+            if (!escape && in(text[0], ends)) return;
+            escape = text[0] == '\\' && !escape;
+            if (!escape) address += text[0];
         }
-        address = quoted + '"';
     }
-    if (!next_is('@')) return ok;
-    take();
-    const std::size_t size = address.size();
-    if (const result failure = get_domain()) return failure;
-    const std::string domain = without_space(std::string_view(address).substr(size));
-    // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
-    if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return HeaderParseError;
-    address.replace(size, address.npos, domain);
-    return ok;
-}
 
-address_parser::result address_parser::get_obs_route() {
-    while (next_is(',') || next_in(CFWS_LEADER))
-        if (!get_cfws()) skip();
-    if (!next_is('@')) return HeaderParseError;
-    skip();
-    if (const result failure = get_domain()) return failure;
-    while (next_is(',')) {
-        skip();
-        if (text.empty()) break;
+    void get_fws() { text = lstrip(text); }
+
+    bool get_atext() {
+        const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
+        take(size);
+        return size > 0;
+    }
+
+    void get_bare_quoted_string() {
+        skip('"');
+        while (!text.empty() && text[0] != '"') {
+            if (in(text[0], WSP))
+                take(text.size() - lstrip(text).size());
+            else
+                get_ptext("\"");
+        }
+        skip('"');
+    }
+
+    void get_comment() {
+        int depth = 0;
+        do {
+            if (text[0] == '(') ++depth;
+            if (text[0] == ')') --depth;
+            const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
+            text.remove_prefix(escapes ? 2 : 1);
+        } while (depth > 0 && !text.empty());
+    }
+
+    // Comments and folding white space; whether there was any.
+    bool get_cfws() {
+        const std::size_t before = text.size();
+        while (next_in(CFWS_LEADER)) {
+            if (text[0] == '(')
+                get_comment();
+            else
+                get_fws();
+        }
+        return text.size() != before;
+    }
+
+    bool get_atom() {
         get_cfws();
-        if (text.empty()) return IndexError;
-        if (text[0] != '@') continue;
-        skip();
-        if (const result failure = get_domain()) return failure;
+        if (!get_atext()) return false;
+        get_cfws();
+        return true;
     }
-    if (!next_is(':')) return HeaderParseError;
-    skip();
-    return ok;
-}
 
-address_parser::result address_parser::get_angle_addr() {
-    get_cfws();
-    if (!next_is('<')) return HeaderParseError;
-    skip();
-    if (text.empty()) return IndexError;
-    if (text[0] == '>') {
-        skip();
-        address = "<>";
-        return ok;
+    bool get_dot_atom() {
+        get_cfws();
+        const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
+        if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos)
+            return false;
+        take(found.size());
+        get_cfws();
+        return true;
     }
-    const std::string_view start = text;
-    result failure = get_addr_spec();
-    if (failure == HeaderParseError) {
-        text = start;
-        failure = get_obs_route();
-        address.clear();   // of the first reading, and of the route
-        if (!failure) failure = get_addr_spec();
+
+    bool get_word() {
+        get_cfws();
+        if (!next_is('"')) return get_atom();
+        get_bare_quoted_string();
+        get_cfws();
+        return true;
     }
-    if (failure) return failure;
-    if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
-    if (next_is('>')) skip();
-    get_cfws();
-    return ok;
-}
+
+    bool get_local_part() {
+        const std::string_view start = text;
+        get_cfws();
+        // Python looks at the first item of nothing when all that is left is a quote.
+        if (text.empty() || text == "\"") return false;
+        if (!get_dot_atom() && !get_word() && ends_phrase()) return false;
+        if (ends_phrase()) return true;
+        text = start;   // what follows is neither: read it all once more, by the obsolete grammar
+        address.clear();
+        get_obs_local_part();
+        return true;
+    }
+
+    // Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between
+    // two backslashes that are out of place.
+    void get_obs_local_part() {
+        for (char before = '.';;) {
+            const bool space = get_cfws();
+            if (ends_phrase()) return;
+            const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
+            if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
+            if (next != 'a')
+                take();
+            else if (next_is('"'))
+                get_bare_quoted_string();
+            else
+                get_atext();
+            before = next;
+        }
+    }
+
+    bool get_domain_literal() {
+        take();   // the bracket
+        if (next_in(WSP)) get_fws();
+        get_ptext("[]");
+        if (next_in(WSP)) get_fws();
+        if (!next_is(']')) return false;
+        take();
+        get_cfws();
+        return true;
+    }
+
+    bool get_domain() {
+        get_cfws();
+        if (next_is('[')) return get_domain_literal();
+        if ((!get_dot_atom() && !get_atom()) || next_is('@')) return false;
+        while (next_is('.')) {
+            take();
+            if (!get_atom()) return false;
+        }
+        return true;
+    }
+
+    bool get_obs_route() {
+        while (get_cfws() || skip(',')) {}
+        if (!skip('@') || !get_domain()) return false;
+        while (skip(',')) {
+            get_cfws();
+            if (skip('@') && !get_domain()) return false;
+        }
+        return skip(':');
+    }
+};
 
 bool parse_address(std::string_view arg, std::string& address, std::string_view& rest) {
     address_parser parser(arg);
-    if (lstrip(arg).substr(0, 1) == "<" ? parser.get_angle_addr() : parser.get_addr_spec()) return false;
+    const bool in_brackets = lstrip(arg).substr(0, 1) == "<";
+    if (in_brackets ? !parser.get_angle_addr() : !parser.get_addr_spec()) return false;
     address = std::move(parser.address);
     rest = parser.text;
     return true;
