@@ -38,10 +38,21 @@ bool debugging() { return default_debugstream().rdbuf() != nullptr; }
 
 const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
 
-// Throws when a method is given none.
+// The handler that a method is given. Throws when it is none.
 template <typename Handler>
-void check_handler(const Handler& then) {
+Handler checked(Handler then) {
     if (!then) throw std::invalid_argument("there is no handler for the answer");
+    return then;
+}
+
+// For what nothing depends on any more: a farewell, say. What it throws is of no use.
+template <typename Act>
+void ignoring_errors(Act act) noexcept {
+    try {
+        act();
+    } catch (...) {
+        // it is too late to leave the loop
+    }
 }
 
 // Below, after Python's part.
@@ -1245,12 +1256,11 @@ void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::str
 
 void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                         const std::vector<std::string>& mail_options, SMTP::handler then) {
-    check_handler(then);
     auto session = new_session(to);
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
-    const auto done = [&it, then](const reply& said) {
+    const auto done = [&it, then = checked(then)](const reply& said) {
         it.quit();
         then(said);
     };
@@ -1424,11 +1434,7 @@ void deferred_reply::owed::guarded(SMTPChannel& waiting, const std::function<voi
     try {
         answer();
     } catch (...) {
-        try {
-            waiting.close();
-        } catch (...) {
-            // it has left the map all the same
-        }
+        ignoring_errors([&] { waiting.close(); });   // it has left the map all the same
     }
 }
 
@@ -1528,11 +1534,7 @@ asyncore::clock::time_point after(std::chrono::milliseconds time) {
 }
 
 void no_delay(asyncore::socket_type& socket) {
-    try {
-        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
+    ignoring_errors([&] { socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1); });   // it may be no TCP socket
 }
 
 // Nothing may end a command early.
@@ -1586,11 +1588,7 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 
 SMTP::~SMTP() {
     const handler dropped = std::exchange(then_, nullptr);
-    try {
-        say_closed();
-    } catch (...) {
-        // it is too late to leave the loop
-    }
+    ignoring_errors([this] { say_closed(); });
 }
 
 void SMTP::connect(const address& server, handler then) {
@@ -1635,16 +1633,14 @@ void SMTP::handle_connect() {
 }
 
 void SMTP::open(const address& server, handler then) {
-    check_handler(then);
-    connect(server, [this, then](const reply& greeting) {
+    connect(server, [this, then = checked(then)](const reply& greeting) {
         greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
     });
 }
 
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
-    check_handler(then);
     if (then_) throw std::logic_error("one command at a time");
-    then_ = std::move(then);
+    then_ = checked(std::move(then));
     due_ = after(wait);
     replies_left_ = 1;
     worst_ = {};
@@ -1652,16 +1648,14 @@ void SMTP::expect(handler then, std::chrono::milliseconds wait) {
 
 void SMTP::docmd(const std::string& cmd, handler then) {
     check_command(cmd);
-    check_handler(then);
-    if (!connected) return then({-1, "not connected"});
+    if (!connected) return checked(then)({-1, "not connected"});
     stage = cmd.substr(0, cmd.find(' '));
     expect(std::move(then), wait_.command);
     async_chat::push(cmd + "\r\n");
 }
 
 void SMTP::ehlo(handler then) {
-    check_handler(then);
-    docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
+    docmd(ehlo_msg() + " " + own_name(), [this, then = checked(then)](const reply& answer) {
         does_esmtp = answer.code == 250;
         esmtp_features.clear();
         std::size_t end = answer.text.find('\n');
@@ -1679,8 +1673,7 @@ void SMTP::ehlo(handler then) {
 void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
 
 void SMTP::ehlo_or_helo_if_needed(handler then) {
-    check_handler(then);
-    ehlo([this, then](const reply& answer) {
+    ehlo([this, then = checked(then)](const reply& answer) {
         if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
         helo(then);
     });
@@ -1702,8 +1695,7 @@ void SMTP::mail(const std::string& sender, const std::vector<std::string>& with,
 }
 
 void SMTP::rcpt(const std::string& recipient, handler then) {
-    check_handler(then);
-    docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
+    docmd("RCPT TO:" + in_brackets(recipient), [this, then = checked(then)](const reply& answer) {
         if (answer.code == 250 || answer.code == 251) ++accepted_;
         then(answer);
     });
@@ -1721,9 +1713,13 @@ void SMTP::send_message() {
     stage = "message";
     next_ = awaited::end;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
-    gone_out_ = false;
-    due_ = after(wait_.data_block);
     push_with_producer(std::move(message_));
+    message_goes_on();
+}
+
+// The server's patience is ours: each piece of the message has its time, and the answer to it.
+void SMTP::message_goes_on() {
+    if (next_ == awaited::end) due_ = after(producer_fifo.empty() ? wait_.data_termination : wait_.data_block);
 }
 
 void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
@@ -1742,17 +1738,12 @@ void SMTP::forget() {
 }
 
 void SMTP::abandon() noexcept {
-    try {
-        forget();
-        quit();
-    } catch (...) {
-        // it ends when it is due
-    }
+    forget();
+    ignoring_errors([this] { quit(); });   // if it can't be said, the session ends when it is due
 }
 
 // What sendmail() keeps between one command and the next.
 struct SMTP::mailing {
-    SMTP& session;
     std::vector<std::string> to_addrs;
     letter message;
     bool all;
@@ -1760,35 +1751,34 @@ struct SMTP::mailing {
     refused refused_so_far{};
     reply last_refusal{554, "Error: no recipients"};
     std::size_t next = 0;
-
-    static void say_RCPT(const std::shared_ptr<mailing>& it) {
-        if (it->next == it->to_addrs.size()) {
-            if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
-            return it->session.data(std::move(it->message),
-                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
-        }
-        it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
-            const bool yes = answer.code == 250 || answer.code == 251;
-            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = it->last_refusal = answer;
-            ++it->next;
-            if (!yes && (it->all || !it->session.connected)) return it->then(answer, it->refused_so_far);
-            say_RCPT(it);
-        });
-    }
 };
 
 void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                     const std::vector<std::string>& mail_options, bool all,
                     std::function<void(const reply&, const refused&)> then) {
-    check_handler(then);
     std::vector<std::string> with;
     const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
-    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return then(no_SMTPUTF8, {});
-    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
-    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
-    mail(from_addr, with, [it](const reply& answer) {
+    const auto it = std::make_shared<mailing>(mailing{to_addrs, std::move(msg), all, checked(std::move(then))});
+    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return it->then(no_SMTPUTF8, {});
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(it->message.size()));
+    mail(from_addr, with, [this, it](const reply& answer) {
         if (answer.code != 250) return it->then(answer, {});
-        mailing::say_RCPT(it);
+        send_recipients(it);
+    });
+}
+
+// The next recipient; or the message, when there is none left.
+void SMTP::send_recipients(const std::shared_ptr<mailing>& it) {
+    const auto done = [it](const reply& answer) { it->then(answer, it->refused_so_far); };
+    const bool all_said = it->next == it->to_addrs.size();
+    if (all_said && accepted_ == 0) return done(it->last_refusal);
+    if (all_said) return data(std::move(it->message), done);
+    const std::string& to = it->to_addrs[it->next++];
+    rcpt(to, [this, it, &to, done](const reply& answer) {
+        const bool yes = answer.code == 250 || answer.code == 251;
+        if (!yes) it->refused_so_far[to] = it->last_refusal = answer;
+        if (!yes && (it->all || !connected)) return done(answer);
+        send_recipients(it);
     });
 }
 
@@ -1858,11 +1848,7 @@ void SMTP::fail(const std::string& why) {
 }
 
 void SMTP::close() {
-    try {
-        async_chat::close();
-    } catch (const std::system_error&) {
-        // the descriptor is gone, and who waits has to know
-    }
+    ignoring_errors([this] { async_chat::close(); });   // the descriptor is gone, and who waits has to know
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
     say_closed();
@@ -1886,7 +1872,7 @@ void SMTP::say_closed() {
 
 void SMTP::handle_write() {
     async_chat::handle_write();
-    if (next_ == awaited::end && !gone_out_) due_ = after(wait_.data_block);
+    message_goes_on();
 }
 
 void SMTP::handle_close() {
@@ -1913,10 +1899,6 @@ void SMTP::handle_error() {
 }
 
 asyncore::clock::time_point SMTP::deadline() {
-    if (next_ == awaited::end && !gone_out_ && producer_fifo.empty()) {
-        gone_out_ = true;
-        due_ = after(wait_.data_termination);
-    }
     return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
 }
 

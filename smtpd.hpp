@@ -469,6 +469,8 @@ class SMTP : public asynchat::async_chat {
     void say_closed();
     bool stopped() const;
     void send_message();
+    void message_goes_on();
+    void send_recipients(const std::shared_ptr<mailing>& it);
     std::string own_name() const;
 
     timeouts wait_;
@@ -481,8 +483,7 @@ class SMTP : public asynchat::async_chat {
     std::shared_ptr<const asyncore::clock::time_point> stop_by_;   // of the proxy that it works for
     enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
     awaited next_ = awaited::answer;
-    bool gone_out_ = false;   // the message has, to its last dot
-    bool cut_off_ = false;    // or the server has broken it off
+    bool cut_off_ = false;   // the server has broken off the message
     bool quitting_ = false;
     std::size_t accepted_ = 0;       // recipients of this transaction
     std::size_t replies_left_ = 1;   // that the command under way will bring
