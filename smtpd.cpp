@@ -45,13 +45,14 @@ Handler checked(Handler then) {
     return then;
 }
 
-// For what nothing depends on any more: a farewell, say. What it throws is of no use.
+// Whether that works. For what nothing depends on, or nothing any more: a farewell, say.
 template <typename Act>
-void ignoring_errors(Act act) noexcept {
+bool succeeds(Act act) noexcept {
     try {
         act();
+        return true;
     } catch (...) {
-        // it is too late to leave the loop
+        return false;
     }
 }
 
@@ -950,11 +951,6 @@ std::string final_answer(const reply& answer) {
 
 }   // namespace
 
-ProxyChannel* message_options::proxy_channel() const {
-    const auto owed = owed_.lock();
-    return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
-}
-
 ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from) {
     no_delay(*conn);   // answers come one by one: none shall wait for another
@@ -964,12 +960,8 @@ ProxyChannel::~ProxyChannel() { dismiss_all(); }
 
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
 
-void ProxyChannel::dismiss(lane& it) {
-    if (SMTP* session = std::exchange(it.session, nullptr)) session->abandon();
-}
-
 void ProxyChannel::dismiss_all() {
-    for (auto& it : lanes_) dismiss(it);
+    for (auto& it : transactions_) it.dismiss();
 }
 
 void ProxyChannel::close() {
@@ -977,80 +969,77 @@ void ProxyChannel::close() {
     dismiss_all();
 }
 
-// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between. A session that
-// was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened, once.
-void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    lane& it = of(to);
-    const SMTP::handler unless_lost = [this, to, &it, then](const reply& said) {
+// Brings the destination to where it takes recipients: `then` gets its reply to MAIL, or what came in between. A
+// session that was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened,
+// once.
+void ProxyChannel::transaction::begin(SMTP::handler then) {
+    const SMTP::handler unless_lost = [this, then](const reply& said) {
         if (said.code >= 0 && said.code != 421) return then(said);
-        dismiss(it);
-        auto session = proxy().new_session(to);
-        it.session = session.get();
-        it.session->on_close = [&it] { it.session = nullptr; };
-        session->open(proxy().address_of(to), [this, to, &it, then](const reply& answer) {
-            if (answer.code == 250) return say_MAIL(to, then);
-            dismiss(it);
+        dismiss();
+        auto made = proxy().new_session(to);
+        session = made.get();
+        made->on_close = [this] { session = nullptr; };
+        made->open(proxy().address_of(to), [this, then](const reply& answer) {
+            if (answer.code == 250) return say_MAIL(then);
+            dismiss();
             then(answer);
         });
-        if (session->_fileno >= 0) _map->own(std::move(session));
+        if (made->_fileno >= 0) channel._map->own(std::move(made));
     };
-    reset(it, [this, to, unless_lost](const reply&) { say_MAIL(to, unless_lost); });
+    reset([this, unless_lost] { say_MAIL(unless_lost); });
 }
 
-// Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
-void ProxyChannel::reset(lane& it, SMTP::handler then) {
-    it.begun = false;
-    it.accepted.clear();
-    if (!std::exchange(it.stale, false) || !it.session) return then({250, ""});
-    it.session->rset([this, &it, then](const reply& answer) {
-        if (answer.code != 250) dismiss(it);
-        then({250, ""});
+// Makes the destination forget what it has heard. When the connection is lost, so is its memory.
+void ProxyChannel::transaction::reset(const std::function<void()>& then) {
+    begun = false;
+    accepted.clear();
+    if (!std::exchange(stale, false) || !session) return then();
+    session->rset([this, then](const reply& answer) {
+        if (answer.code != 250) dismiss();
+        then();
     });
 }
 
-void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
-    lane& it = of(to);
-    if (!it.session) return then({});
+void ProxyChannel::transaction::say_MAIL(SMTP::handler then) {
+    if (!session) return then({});
     std::vector<std::string> with;
-    const bool utf8 = !is_ascii(mailfrom) || (!rcpttos.empty() && !is_ascii(rcpttos.back()));
-    if (!pick_options(*it.session, mail_options, true, utf8, with)) return then(no_SMTPUTF8);
-    it.utf8 = !with.empty() && with.back() == "SMTPUTF8";
-    it.stale = true;
-    it.mailfrom = mailfrom;
-    it.session->mail(mailfrom, with, [&it, then](const reply& answer) {
-        it.begun = answer.code == 250;
+    const bool last_utf8 = !channel.rcpttos.empty() && !is_ascii(channel.rcpttos.back());
+    const bool needs_utf8 = last_utf8 || !is_ascii(channel.mailfrom);
+    if (!pick_options(*session, channel.mail_options, true, needs_utf8, with)) return then(no_SMTPUTF8);
+    utf8 = !with.empty() && with.back() == "SMTPUTF8";
+    stale = true;
+    mailfrom = channel.mailfrom;
+    session->mail(mailfrom, with, [this, then](const reply& answer) {
+        begun = answer.code == 250;
         then(answer);
     });
 }
 
-void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
-    lane& it = of(to);
-    if (!it.session) return reply.answer(refusal(to, {}));
-    if (!it.utf8 && !is_ascii(rcpttos.back())) {
-        rcpttos.pop_back();
-        const bool offered = it.session->has_extn("SMTPUTF8");
-        return reply.answer(offered ? "550 Error: SMTPUTF8 was not declared" : no_SMTPUTF8.line());
-    }
-    it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it, reply](const auto& said) {
-        if (said.code == 250 || said.code == 251) {
-            it.accepted.push_back(rcpttos.back());
-            return reply.answer("250 OK");
-        }
-        rcpttos.pop_back();
-        reply.answer(refusal(to, said));
+// The client's last recipient. 251 is 250 for `then`.
+void ProxyChannel::transaction::say_RCPT(SMTP::handler then) {
+    const std::string& recipient = channel.rcpttos.back();
+    if (!session) return then({});
+    if (!utf8 && !is_ascii(recipient))
+        return then(session->has_extn("SMTPUTF8") ? reply{550, "Error: SMTPUTF8 was not declared"} : no_SMTPUTF8);
+    session->rcpt(proxy().address_for(to, recipient), [then](reply answer) {
+        if (answer.code == 251) answer.code = 250;
+        then(answer);
     });
 }
 
 // What the client is told of a no. Anything else that is not a yes ends the session; and the transaction, when it takes
 // along what the client was given a 250 for.
-std::string ProxyChannel::refusal(PureProxy::side from, const reply& said) {
+std::string ProxyChannel::transaction::refusal(const reply& said) {
     if (is_refusal(said)) return said.line();
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
-    lane& it = of(from);
-    dismiss(it);
-    it.begun = false;
-    if (proxy().asks_at_MAIL() || !it.accepted.empty()) lose();
+    dismiss();
+    begun = false;
+    if (proxy().asks_at_MAIL() || !accepted.empty()) channel.lose();
     return not_available;
+}
+
+void ProxyChannel::transaction::dismiss() {
+    if (SMTP* ended = std::exchange(session, nullptr)) ended->abandon();
 }
 
 void ProxyChannel::lose() {
@@ -1060,12 +1049,13 @@ void ProxyChannel::lose() {
 
 void ProxyChannel::answer_MAIL() {
     lost_ = false;
-    for (auto& it : lanes_) it.begun = false, it.accepted.clear();   // of a transaction before
+    for (auto& it : transactions_) it.begun = false, it.accepted.clear();   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
-    begin(PureProxy::side::upstream, [this, reply = defer()](const auto& said) {
+    transaction& it = of(PureProxy::side::upstream);
+    it.begin([this, &it, reply = defer()](const auto& said) {
         if (said.code == 250) return reply.answer("250 OK");
         _set_post_data_state();
-        reply.answer(refusal(PureProxy::side::upstream, said));
+        reply.answer(it.refusal(said));
     });
 }
 
@@ -1079,14 +1069,20 @@ void ProxyChannel::answer_RCPT() {
         return push(not_available);
     }
     if (proxy().address_of(to).none()) return push("250 OK");
-    const deferred_reply reply = defer();
-    // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
-    const lane& it = of(to);
-    if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return say_RCPT(to, reply);
-    begin(to, [this, to, reply](const auto& said) {
-        if (said.code == 250) return say_RCPT(to, reply);
+    transaction& it = of(to);
+    const SMTP::handler answered = [this, &it, reply = defer()](const auto& said) {
+        if (said.code == 250) {
+            it.accepted.push_back(rcpttos.back());
+            return reply.answer("250 OK");
+        }
         rcpttos.pop_back();
-        reply.answer(refusal(to, said));
+        reply.answer(it.refusal(said));
+    };
+    // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
+    if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return it.say_RCPT(answered);
+    it.begin([&it, answered](const auto& said) {
+        if (said.code == 250) return it.say_RCPT(answered);
+        answered(said);
     });
 }
 
@@ -1100,8 +1096,8 @@ void ProxyChannel::answer_lost() {
 void ProxyChannel::smtp_RSET(argument arg) {
     if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
     lost_ = false;
-    reset(lanes_[0], [this, reply = defer()](const auto&) {
-        reset(lanes_[1], [this, reply](const auto&) {
+    transactions_[0].reset([this, reply = defer()] {
+        transactions_[1].reset([this, reply] {
             _set_rset_state();
             reply.answer("250 OK");
         });
@@ -1116,7 +1112,7 @@ void ProxyChannel::smtp_RCPT(argument arg) {
 }
 
 void ProxyChannel::smtp_DATA(argument arg) {
-    for (const auto& it : lanes_)
+    for (const auto& it : transactions_)
         if (!it.session && !it.accepted.empty()) return lose(), push(not_available);
     if (lost_ && mailfrom.empty()) return push(not_available);
     SMTPChannel::smtp_DATA(arg);
@@ -1168,22 +1164,13 @@ bool is_own(const asyncore::socket_type& listener, address to) {
     if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
     if (to.port != own.port || there == plain(own.host)) return to.port == own.port;
     if (own.host != "::" && (own.host != "0.0.0.0" || there.find(':') != there.npos)) return false;
-    try {   // What can be bound is an address of this host.
-        to.port = 0;
-        asyncore::socket_type(to.family, SOCK_STREAM).bind(to);
-        return true;
-    } catch (const std::system_error&) {
-        return false;
-    }
+    to.port = 0;
+    return succeeds([&] { asyncore::socket_type(to.family, SOCK_STREAM).bind(to); });   // so it is one of this host
 }
 
 void check_next(const SMTPServer& server, const address& next) {
     std::vector<address> targets;
-    try {
-        if (!next.none()) targets = asyncore::getaddrinfo(next);
-    } catch (const std::system_error&) {
-        // a name that isn't known yet
-    }
+    if (!next.none()) succeeds([&] { targets = asyncore::getaddrinfo(next); });   // the name may not be known yet
     for (const auto& target : targets)
         if (is_own(*server.socket, target)) throw std::invalid_argument("it would send to itself: " + next.str());
 }
@@ -1235,16 +1222,17 @@ std::optional<std::string> PureProxy::process_message(const address& peer, const
 // On the transaction that is open, when there is one for just these recipients.
 void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                       const message_options& kwargs, SMTP::handler then) {
-    ProxyChannel* channel = kwargs.proxy_channel();
-    ProxyChannel::lane* it = channel ? &channel->of(to) : nullptr;
+    SMTPChannel* client = kwargs.channel();
+    ProxyChannel* channel = client ? client->proxy_channel() : nullptr;
+    ProxyChannel::transaction* it = channel ? &channel->of(to) : nullptr;
     if (!it || !it->begun || it->mailfrom != mailfrom || it->accepted != rcpttos)
         return deliver(to, mailfrom, rcpttos, std::move(message), kwargs.mail_options, std::move(then));
     it->begun = false;
     if (!it->session) return then({});
-    it->session->data(std::move(message), [channel, it, then](const reply& said) {
+    it->session->data(std::move(message), [it, then](const reply& said) {
         it->stale = said.code != 250;
         it->accepted.clear();
-        if (said.code != 250 && !is_refusal(said)) channel->dismiss(*it);
+        if (said.code != 250 && !is_refusal(said)) it->dismiss();
         then(said);
     });
 }
@@ -1260,7 +1248,7 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
-    const auto done = [&it, then = checked(then)](const reply& said) {
+    const auto done = [&it, then = checked(then)](const reply& said, const auto&...) {
         it.quit();
         then(said);
     };
@@ -1268,8 +1256,7 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     it.on_close = [this, &it] { deliveries_.erase(&it); };
     it.open(address_of(to), [&it, done, mailfrom, recipients, message, mail_options](const reply& answer) {
         if (answer.code != 250) return done(answer);
-        it.sendmail(mailfrom, recipients, message, mail_options, true,
-                    [done](const reply& last, const auto&) { done(last); });
+        it.sendmail(mailfrom, recipients, message, mail_options, true, done);
     });
     if (it._fileno >= 0) _map->own(std::move(session));
 }
@@ -1285,21 +1272,18 @@ struct list_address {
     std::string listname, command, tag, domain;
 
     explicit list_address(const std::string& recipient) {
+        static const std::set<std::string> commands{"admin", "bounces", "confirm",   "join",       "leave",
+                                                    "owner", "request", "subscribe", "unsubscribe"};
         const std::size_t at = std::min(recipient.rfind('@'), recipient.size());
-        const std::string local = recipient.substr(0, at);
+        const std::size_t plus = std::min(recipient.find('+'), at);
+        listname = recipient.substr(0, plus);
+        tag = recipient.substr(plus, at - plus);
         domain = recipient.substr(std::min(at + 1, recipient.size()));
-        const std::size_t plus = std::min(local.find('+'), local.size());
-        listname = local.substr(0, plus);
-        tag = local.substr(plus);
         const std::size_t dash = listname.rfind('-');
-        if (dash == listname.npos || dash == 0) return;
-        for (const char* known :
-             {"ADMIN", "BOUNCES", "CONFIRM", "JOIN", "LEAVE", "OWNER", "REQUEST", "SUBSCRIBE", "UNSUBSCRIBE"})
-            if (upper(listname.substr(dash + 1)) == known) {
-                command = listname.substr(dash + 1);
-                listname.resize(dash);
-                return;
-            }
+        const std::string last = dash == 0 || dash == listname.npos ? "" : lower(listname.substr(dash + 1));
+        if (commands.count(last) == 0) return;
+        command = last;
+        listname.resize(dash);
     }
 };
 
@@ -1344,7 +1328,7 @@ PureProxy::side MailmanProxy::route(const std::string& recipient) const {
 // Mailman 3 takes what goes to -admin for bounces: its administrators are -owner.
 std::string MailmanProxy::address_for(side to, const std::string& recipient) const {
     const list_address parts(recipient);
-    if (to != side::lists || lower(parts.command) != "admin") return recipient;
+    if (to != side::lists || parts.command != "admin") return recipient;
     return parts.listname + "-owner" + parts.tag + "@" + parts.domain;
 }
 
@@ -1381,7 +1365,10 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
         message.text->insert(top.end, added);   // upstream has had it
         enqueue(mailfrom, listrcpts, std::move(*message.text), kwargs, finish);
     };
-    rest.empty() ? then({250, ""}) : relay(side::upstream, mailfrom, rest, message, kwargs, then);
+    if (rest.empty())
+        then({250, ""});
+    else
+        relay(side::upstream, mailfrom, rest, message, kwargs, then);
     return std::nullopt;
 }
 
@@ -1396,19 +1383,15 @@ std::unique_ptr<SMTPServer> make_server(const address& localaddr, const address&
     return std::make_unique<Server>(localaddr, remoteaddr, with);
 }
 
-std::map<std::string, server_factory>& known_classes() {
+}   // namespace
+
+std::map<std::string, server_factory>& server_class::all() {
     static std::map<std::string, server_factory> classes{{"SMTPServer", make_server<SMTPServer>},
                                                          {"DebuggingServer", make_server<DebuggingServer>},
                                                          {"PureProxy", make_server<PureProxy>},
                                                          {"MailmanProxy", make_server<MailmanProxy>}};
     return classes;
 }
-
-}   // namespace
-
-server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
-
-const std::map<std::string, server_factory>& server_class::all() { return known_classes(); }
 
 // ---------------------------------------------------------------------------------------------------------
 // Replies that come later: not in smtpd.py
@@ -1434,7 +1417,7 @@ void deferred_reply::owed::guarded(SMTPChannel& waiting, const std::function<voi
     try {
         answer();
     } catch (...) {
-        ignoring_errors([&] { waiting.close(); });   // it has left the map all the same
+        succeeds([&] { waiting.close(); });   // it has left the map all the same
     }
 }
 
@@ -1534,7 +1517,7 @@ asyncore::clock::time_point after(std::chrono::milliseconds time) {
 }
 
 void no_delay(asyncore::socket_type& socket) {
-    ignoring_errors([&] { socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1); });   // it may be no TCP socket
+    succeeds([&] { socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1); });   // it may be no TCP socket
 }
 
 // Nothing may end a command early.
@@ -1588,7 +1571,7 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 
 SMTP::~SMTP() {
     const handler dropped = std::exchange(then_, nullptr);
-    ignoring_errors([this] { say_closed(); });
+    succeeds([this] { say_closed(); });
 }
 
 void SMTP::connect(const address& server, handler then) {
@@ -1739,7 +1722,7 @@ void SMTP::forget() {
 
 void SMTP::abandon() noexcept {
     forget();
-    ignoring_errors([this] { quit(); });   // if it can't be said, the session ends when it is due
+    succeeds([this] { quit(); });   // if it can't be said, the session ends when it is due
 }
 
 // What sendmail() keeps between one command and the next.
@@ -1848,7 +1831,7 @@ void SMTP::fail(const std::string& why) {
 }
 
 void SMTP::close() {
-    ignoring_errors([this] { async_chat::close(); });   // the descriptor is gone, and who waits has to know
+    succeeds([this] { async_chat::close(); });   // the descriptor is gone, and who waits has to know
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
     say_closed();

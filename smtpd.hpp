@@ -110,8 +110,6 @@ struct message_options {
 
   private:
     friend class SMTPChannel;
-    friend class PureProxy;
-    ProxyChannel* proxy_channel() const;   // the channel, when it relays as it goes; or null
     std::weak_ptr<deferred_reply::owed> owed_;
 };
 
@@ -251,7 +249,8 @@ class SMTPChannel : public asynchat::async_chat {
     friend class deferred_reply;
     friend struct message_options;
     friend struct deferred_reply::owed;
-    virtual ProxyChannel* proxy_channel() { return nullptr; }
+    friend class PureProxy;
+    virtual ProxyChannel* proxy_channel() { return nullptr; }   // this one, when it relays as it goes
     // MAIL and RCPT are right and their values are set.
     virtual void answer_MAIL() { push("250 OK"); }
     virtual void answer_RCPT() { push("250 OK"); }
@@ -597,29 +596,33 @@ class ProxyChannel : public SMTPChannel {
     friend class PureProxy;
     void answer_MAIL() override;
     void answer_RCPT() override;
-    // What one side has been told.
-    struct lane {
-        SMTP* session = nullptr;             // owned by the map
-        bool begun = false;                  // it has accepted MAIL
-        bool utf8 = false;                   // with SMTPUTF8
-        bool stale = false;                  // it may know of a transaction: RSET before the next one
-        std::string mailfrom;                // as it was told
-        std::vector<std::string> accepted;   // recipients that it has accepted, as the client calls them
-    };
     ProxyChannel* proxy_channel() override { return this; }
-    PureProxy& proxy() const;
-    lane& of(PureProxy::side side) { return lanes_[static_cast<std::size_t>(side)]; }
-    void begin(PureProxy::side to, SMTP::handler then);
-    void reset(lane& it, SMTP::handler then);
-    void say_MAIL(PureProxy::side to, SMTP::handler then);
-    void say_RCPT(PureProxy::side to, const deferred_reply& reply);
-    void lose();
-    std::string refusal(PureProxy::side from, const reply& said);
-    void dismiss(lane& it);
     void answer_lost() override;
+    // The session with one destination, and what it has been told of the client's transaction.
+    struct transaction {
+        ProxyChannel& channel;
+        const PureProxy::side to;
+        SMTP* session = nullptr;               // owned by the map
+        bool begun = false;                    // it has accepted MAIL
+        bool utf8 = false;                     // with SMTPUTF8
+        bool stale = false;                    // it may know of a transaction: RSET before the next one
+        std::string mailfrom{};                // as it was told
+        std::vector<std::string> accepted{};   // recipients that it has accepted, as the client calls them
+
+        PureProxy& proxy() const { return channel.proxy(); }
+        void begin(SMTP::handler then);
+        void reset(const std::function<void()>& then);
+        void say_MAIL(SMTP::handler then);
+        void say_RCPT(SMTP::handler then);
+        std::string refusal(const reply& said);
+        void dismiss();
+    };
+    PureProxy& proxy() const;
+    transaction& of(PureProxy::side to) { return transactions_[static_cast<std::size_t>(to)]; }
+    void lose();
     void dismiss_all();
 
-    lane lanes_[2];       // by side
+    transaction transactions_[2] = {{*this, PureProxy::side::upstream}, {*this, PureProxy::side::lists}};
     bool lost_ = false;   // the last transaction was lost, and there is no new one yet
 };
 
@@ -666,8 +669,8 @@ using server_factory = std::function<std::unique_ptr<SMTPServer>(
 // The classes that -c knows, by name. An object of this type adds one: with main.cpp linked to it, a program
 // that consists of a class and `static smtpd::server_class mine("MyServer", ...)` has the whole command line.
 struct server_class {
-    server_class(const std::string& name, server_factory make);
-    static const std::map<std::string, server_factory>& all();
+    server_class(const std::string& name, server_factory make) { all()[name] = std::move(make); }
+    static std::map<std::string, server_factory>& all();
 };
 
 }   // namespace v1
