@@ -32,8 +32,7 @@ Usage: %program% [options] [localhost:localport [remotehost:remoteport]]
 Options:
 
     -n, --nosetuid
-        Stay the user that you are. Without it the program becomes `nobody'
-        once it listens, which takes root to do.
+        Don't become `nobody' once it listens, which takes root to do.
 
     -V, --version
         Print the version and exit.
@@ -43,17 +42,15 @@ Options:
         PureProxy by default.
 
     -s, --size BYTES
-        Refuse messages that are larger, and say so by SIZE (RFC 1870).
-        33554432 by default; 0 for no limit.
+        The largest message: 33554432 by default, 0 for no limit (RFC 1870).
 
     -u, --smtputf8
         Offer SMTPUTF8 (RFC 6531).
 
     --mailman-lists FOLDER
     --mailman-lmtp HOST:PORT
-        For MailmanProxy: the folder `lists' of Mailman 3, and where Mailman
-        takes messages by LMTP. /var/lib/mailman3/lists and 127.0.0.1:8024 by
-        default.
+        For MailmanProxy: the folder `lists' of Mailman 3, and its LMTP server;
+        /var/lib/mailman3/lists and 127.0.0.1:8024 by default.
 
     -d, --debug
         Tell the conversation on stderr.
@@ -61,9 +58,8 @@ Options:
     -h, --help
         Print this and exit.
 
-localhost:localport is where to listen, localhost:8025 by default;
-remotehost:remoteport is where the proxies send, localhost:25 by default. An
-IPv6 address stands in brackets: [::1]:8025.
+It listens on localhost:8025 by default; the proxies send to the remote host,
+localhost:25 by default. An IPv6 address stands in brackets: [::1]:8025.
 
 The proxies send anything anywhere for whoever connects: an open relay, if
 strangers can reach it.
@@ -205,8 +201,7 @@ Options parseargs(std::vector<std::string> args) {
 void become_nobody() {
     const passwd* nobody = ::getpwnam("nobody");
     if (nobody && ::getuid() == nobody->pw_uid && ::geteuid() == nobody->pw_uid) return;
-    if (nobody && ::setgroups(0, nullptr) == 0 && ::setgid(nobody->pw_gid) == 0 && ::setuid(nobody->pw_uid) == 0)
-        return;
+    if (nobody && !::setgroups(0, nullptr) && !::setgid(nobody->pw_gid) && !::setuid(nobody->pw_uid)) return;
     std::cerr << "Cannot setuid \"nobody\"; try running with -n option.\n";
     std::exit(1);
 }

@@ -9,11 +9,8 @@
 #include <cerrno>
 #include <cstring>
 #include <ctime>
-#include <iomanip>
 #include <iostream>
-#include <locale>
 #include <ostream>
-#include <sstream>
 
 namespace smtpd {
 inline namespace v1 {
@@ -60,7 +57,6 @@ bool succeeds(Act act) noexcept {
 bool is_ascii(std::string_view text);
 bool is_control(char c);
 std::string upper(std::string_view text);
-char upper(char c);
 std::size_t utf8_length(std::string_view text);
 std::size_t utf8_prefix(std::string_view text);
 bool is_utf8(std::string_view text);
@@ -74,7 +70,6 @@ std::size_t line_length(std::string_view text);
 void no_delay(asyncore::socket_type& socket);
 bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
                   std::vector<std::string>& with);
-std::string_view lstrip(std::string_view text);
 
 }   // namespace
 
@@ -89,8 +84,7 @@ struct deferred_reply::owed {
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
     ~owed();
-    SMTPChannel* take_channel();
-    void settle(std::string_view reply);
+    void settle(std::optional<std::string_view> reply);
     // A client that can't be answered is not left waiting.
     static void guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept;
 };
@@ -937,6 +931,26 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
 // ProxyChannel
 // ---------------------------------------------------------------------------------------------------------
 
+// One message goes through two sessions: the client's with us, and ours with the next server. (Mailman is a second
+// next server: each has a `transaction`, and a recipient belongs to the one that route() names.)
+//
+//     client               ProxyChannel, PureProxy              transaction              next server
+//     MAIL FROM:<a>  ----> smtp_MAIL, answer_MAIL: defer() ---> begin: RSET, or ------>  220, EHLO
+//                                                               open; say_MAIL ------->  MAIL FROM:<a>
+//     250 OK         <---- reply.answer() <-------------------- begun = true <---------  250
+//     RCPT TO:<b>    ----> smtp_RCPT, answer_RCPT: defer() ---> say_RCPT ------------->  RCPT TO:<b>
+//     550 no such    <---- reply.answer(refusal()) <----------- <----------------------  550 no such
+//     DATA           ----> smtp_DATA
+//     354            <---- (our own: the message is taken whole before any of it goes on)
+//     the message    ----> process_message: X-Peer, relay ----> session->data -------->  DATA, the message
+//     250 OK         <---- reply.answer(final_answer()) <------ <----------------------  250
+//
+// While a reply is deferred, the channel executes nothing: so a transaction never has two commands under way. What is
+// accepted here has been accepted there: 250 goes to the client only after the next server's 250. When a session is
+// lost, refusal() says 451 for that recipient. If the client has a 250 already that the loss makes untrue, the whole
+// transaction is over: see lose(). The session stays open for the client's next message, and RSET comes before that
+// when the server may still know of this one (`stale`).
+
 namespace {
 
 constexpr char not_available[] = "451 Error: the next server is not available";
@@ -956,17 +970,17 @@ ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_t
     no_delay(*conn);   // answers come one by one: none shall wait for another
 }
 
-ProxyChannel::~ProxyChannel() { dismiss_all(); }
+ProxyChannel::~ProxyChannel() { abandon_all(); }
 
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
 
-void ProxyChannel::dismiss_all() {
-    for (auto& it : transactions_) it.dismiss();
+void ProxyChannel::abandon_all() {
+    for (auto& it : transactions_) it.abandon();
 }
 
 void ProxyChannel::close() {
     SMTPChannel::close();
-    dismiss_all();
+    abandon_all();
 }
 
 // Brings the destination to where it takes recipients: `then` gets its reply to MAIL, or what came in between. A
@@ -975,13 +989,13 @@ void ProxyChannel::close() {
 void ProxyChannel::transaction::begin(SMTP::handler then) {
     const SMTP::handler unless_lost = [this, then](const reply& said) {
         if (said.code >= 0 && said.code != 421) return then(said);
-        dismiss();
+        abandon();
         auto made = proxy().new_session(to);
         session = made.get();
         made->on_close = [this] { session = nullptr; };
         made->open(proxy().address_of(to), [this, then](const reply& answer) {
             if (answer.code == 250) return say_MAIL(then);
-            dismiss();
+            abandon();
             then(answer);
         });
         if (made->_fileno >= 0) channel._map->own(std::move(made));
@@ -995,7 +1009,7 @@ void ProxyChannel::transaction::reset(const std::function<void()>& then) {
     accepted.clear();
     if (!std::exchange(stale, false) || !session) return then();
     session->rset([this, then](const reply& answer) {
-        if (answer.code != 250) dismiss();
+        if (answer.code != 250) abandon();
         then();
     });
 }
@@ -1032,13 +1046,13 @@ void ProxyChannel::transaction::say_RCPT(SMTP::handler then) {
 std::string ProxyChannel::transaction::refusal(const reply& said) {
     if (is_refusal(said)) return said.line();
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
-    dismiss();
+    abandon();
     begun = false;
     if (proxy().asks_at_MAIL() || !accepted.empty()) channel.lose();
     return not_available;
 }
 
-void ProxyChannel::transaction::dismiss() {
+void ProxyChannel::transaction::abandon() {
     if (SMTP* ended = std::exchange(session, nullptr)) ended->abandon();
 }
 
@@ -1088,7 +1102,7 @@ void ProxyChannel::answer_RCPT() {
 
 // There was nothing left that could pass an answer on: memory ran out, for one.
 void ProxyChannel::answer_lost() {
-    dismiss_all();
+    abandon_all();
     lose();
     answer(not_available);
 }
@@ -1139,10 +1153,12 @@ struct header {
 
     explicit header(std::string_view message) {
         while (const std::size_t length = line_length(message.substr(end))) {
-            const std::string name = upper(message.substr(end, std::min<std::size_t>(length, 7)));
-            hops += name == "X-PEER:";
-            from = from || name.compare(0, 5, "FROM:") == 0;
-            date = date || name.compare(0, 5, "DATE:") == 0;
+            const std::string_view start = message.substr(end, std::min<std::size_t>(length, 7));
+            const std::size_t colon = start.find(':');
+            const std::string name = colon == start.npos ? "" : upper(start.substr(0, colon));
+            hops += name == "X-PEER";
+            from = from || name == "FROM";
+            date = date || name == "DATE";
             end += length;
             if (end < message.size()) end += message.substr(end, 2) == "\r\n" ? 2 : 1;
         }
@@ -1232,7 +1248,7 @@ void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<st
     it->session->data(std::move(message), [it, then](const reply& said) {
         it->stale = said.code != 250;
         it->accepted.clear();
-        if (said.code != 250 && !is_refusal(said)) it->dismiss();
+        if (said.code != 250 && !is_refusal(said)) it->abandon();
         then(said);
     });
 }
@@ -1291,19 +1307,19 @@ struct list_address {
 std::string date_now() {
     const std::time_t now = std::time(nullptr);
     std::tm tm{};
-    std::ostringstream text;
-    text.imbue(std::locale::classic());
-    text << std::put_time(::gmtime_r(&now, &tm), "%a, %d %b %Y %H:%M:%S +0000");
-    return text.str();
+    ::gmtime_r(&now, &tm);
+    char text[64];
+    std::strftime(text, sizeof text, "day, %d mon %Y %H:%M:%S +0000", &tm);
+    std::memcpy(text, &"SunMonTueWedThuFriSat"[3 * tm.tm_wday], 3);   // strftime() would ask the locale
+    std::memcpy(text + 8, &"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * tm.tm_mon], 3);
+    return text;
 }
 
 }   // namespace
 
 bool MailmanProxy::list_exists(const std::string& listname, const std::string& domain) const {
-    const auto harmless = [](const std::string& part) {
-        return !part.empty() && part[0] != '.' && part.find('/') == part.npos && part.find('\0') == part.npos;
-    };
-    if (!harmless(listname) || !harmless(domain)) return false;
+    if (listname.empty() || listname[0] == '.' || domain.empty() || domain[0] == '.') return false;
+    if ((listname + domain).find_first_of(std::string_view("/\0", 2)) != listname.npos) return false;
     struct stat status {};
     const auto look = [&](const std::string& path) { return ::stat(path.c_str(), &status) == 0 ? 0 : errno; };
     int err = look(settings.mailman_lists + "/" + listname + "." + domain);
@@ -1344,7 +1360,8 @@ void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::st
     const std::string first = recipients.front();
     recipients.erase(recipients.begin());
     relay(side::lists, mailfrom, {first}, message, kwargs, [=](const reply& said) {
-        said.code != 250 || recipients.empty() ? then(said) : enqueue_next(mailfrom, recipients, message, kwargs, then);
+        if (said.code != 250 || recipients.empty()) return then(said);
+        enqueue_next(mailfrom, recipients, message, kwargs, then);
     });
 }
 
@@ -1397,28 +1414,33 @@ std::map<std::string, server_factory>& server_class::all() {
 // Replies that come later: not in smtpd.py
 // ---------------------------------------------------------------------------------------------------------
 
-deferred_reply::owed::~owed() {
-    // The last that could have answered has gone without a word.
-    if (SMTPChannel* waiting = take_channel()) guarded(*waiting, [&] { waiting->answer_lost(); });
-}
+// A reply that is owed is shared by the channel, while a hook runs, and by the tokens that defer() has given. It has
+// one of four lives:
+//
+//     the hook returns                   never deferred: what the hook returns is the reply
+//     a token answers in the hook        kept in `status` until the hook returns, which is then ignored
+//     a token answers later              the channel is paused until then; settle() answers, and it goes on
+//     all tokens go, none has answered   ~owed answers: 451, and the channel goes on
+//
+// In each of them settle() takes the channel out, so that the first answer is the only one. When the client has gone,
+// its channel has set `channel` to null, and answers do nothing.
 
-// The client to answer; null when that has been done, or the client has gone.
-SMTPChannel* deferred_reply::owed::take_channel() {
-    if (channel) channel->owed_ = nullptr;
-    return std::exchange(channel, nullptr);
-}
+// When the last that could have answered goes without a word.
+deferred_reply::owed::~owed() { settle(std::nullopt); }
 
-void deferred_reply::owed::settle(std::string_view reply) {
-    if (SMTPChannel* waiting = take_channel())
-        guarded(*waiting, [&] { waiting->answer(reply.empty() ? "250 OK" : reply); });
+// Nothing, when that has been done, or the client has gone.
+void deferred_reply::owed::settle(std::optional<std::string_view> reply) {
+    SMTPChannel* const waiting = std::exchange(channel, nullptr);
+    if (!waiting) return;
+    waiting->owed_ = nullptr;
+    guarded(*waiting, [&] {
+        if (!reply) return waiting->answer_lost();
+        waiting->answer(reply->empty() ? "250 OK" : *reply);
+    });
 }
 
 void deferred_reply::owed::guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept {
-    try {
-        answer();
-    } catch (...) {
-        succeeds([&] { waiting.close(); });   // it has left the map all the same
-    }
+    if (!succeeds(answer)) succeeds([&] { waiting.close(); });   // it leaves the map in any case
 }
 
 void deferred_reply::answer(std::string_view status) const {
@@ -1467,11 +1489,9 @@ std::size_t line_length(std::string_view text) {
 
 std::size_t letter::size() const {
     std::size_t size = text->size();
-    for (std::size_t i = 0; i < text->size(); ++i) {
-        const char c = (*text)[i];
-        size += (c == '\n' && (i == 0 || (*text)[i - 1] != '\r')) || (c == '\r' && (*text)[i + 1] != '\n');
-    }
-    return size;
+    char last = 0;
+    for (const char c : *text) size += (c == '\n') != (std::exchange(last, c) == '\r');   // one of the two is missing
+    return size + (last == '\r');
 }
 
 namespace {
@@ -1512,8 +1532,7 @@ class message_producer : public asynchat::producer {
 
 // When that time has passed from now on; 0 is never.
 asyncore::clock::time_point after(std::chrono::milliseconds time) {
-    const bool ends = time.count() > 0 && time < for_ever;
-    return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
+    return ends(time) ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
 }
 
 void no_delay(asyncore::socket_type& socket) {
@@ -1788,27 +1807,27 @@ void SMTP::found_terminator() {
     if (!more) report(std::exchange(answer_, {}));
 }
 
+// A whole reply has come. What it means depends on what is awaited:
+//
+//     next_       set by                  a yes           then comes
+//     greeting    handle_connect          220             answer (open() says EHLO)
+//     answer      the end of a command    2yz, 3yz        answer
+//     go_ahead    data()                  354             end: the message is sent at once, none is told yet
+//     end         send_message            2yz, is 250     answer
+//
+// 4yz and 5yz are a no in each of them, and go to the handler as they are. Any other code makes no sense, and so does a
+// yes to what has not been sent whole: the session fails. The session closes behind 421, behind a no that came before
+// the message was sent whole, and when there is more input than replies that are awaited. LMTP's `end` takes a reply
+// for each recipient, and the worst of them goes to the handler.
 void SMTP::report(reply answer) {
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
     const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
     const bool surplus = !ac_in_buffer().empty();
-    bool yes = !unfinished;
-    switch (next_) {
-        case awaited::greeting:
-            yes = answer.code == 220;
-            break;
-        case awaited::go_ahead:
-            yes = answer.code == 354;
-            if (yes && !surplus) return send_message();
-            break;
-        case awaited::end:
-            // Python: 250 alone. Any other yes would then be a reason to send the message again.
-            if (answer.code / 100 == 2) answer.code = 250;
-            break;
-        case awaited::answer:
-            break;
-    }
-    if (!yes && answer.code < 400) return fail("the answer makes no sense");
+    // Python: 250 alone. Any other yes would then be a reason to send the message again.
+    if (next_ == awaited::end && answer.code / 100 == 2) answer.code = 250;
+    const bool yes = next_ == awaited::answer || answer.code == static_cast<int>(next_);
+    if (answer.code < 400 && (unfinished || !yes)) return fail("the answer makes no sense");
+    if (answer.code == 354 && next_ == awaited::go_ahead && !surplus) return send_message();
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
     const bool over = answer.code == 421 || unfinished;
     if (--replies_left_ > 0 && !over) return;
@@ -1902,12 +1921,10 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
     SMTP session(&map, wait);
     session.local_hostname = with.local_hostname;
     reply result;
-    std::string stage;
     SMTP::refused refused;
     const auto done = [&](const reply& answer, const SMTP::refused& some) {
         result = answer;
         refused = some;
-        stage = session.stage;
         session.quit();
     };
     session.open(server, [&](const reply& answer) {
@@ -1921,7 +1938,7 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
         asyncore::poll(std::clamp(left.count(), 0.0, 30.0), &map);
     }
     if (result.code < 0 && result.text.empty()) result.text = "no answer in time";
-    if (result.code != 250) throw SMTPResponseException(result, stage, refused);
+    if (result.code != 250) throw SMTPResponseException(result, session.stage, refused);
     return refused;
 }
 
@@ -1937,11 +1954,10 @@ bool is_ascii(std::string_view text) {
 
 bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
 
-char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
-
 std::string upper(std::string_view text) {
     std::string result(text);
-    for (char& c : result) c = upper(c);
+    for (char& c : result)
+        if (c >= 'a' && c <= 'z') c = static_cast<char>(c - 'a' + 'A');
     return result;
 }
 
@@ -2034,19 +2050,18 @@ void append_unstuffed(std::string& out, std::string_view in) {
     const std::size_t before = out.size();
     out.resize(before + in.size());
     char* to = out.data() + before;
-    for (const char *from = in.data(), *const end = from + in.size(); from < end;) {
-        if (*from != '\r') {
-            for (int near = 0; near < 8 && from < end && *from != '\r'; ++near) *to++ = *from++;
-            if (from == end || *from == '\r') continue;   // short lines take no call
-            const std::string_view rest(from, static_cast<std::size_t>(end - from));
-            const std::size_t size = std::min(rest.find('\r'), rest.size());
-            to = std::copy_n(from, size, to);
-            from += size;
-        } else if (++from == end || *from != '\n') {
-            *to++ = '\r';
-        } else {
+    while (!in.empty()) {
+        std::size_t size = 0;   // of the text before a CR; a short one takes no search
+        while (size < 8 && size < in.size() && in[size] != '\r') ++size;
+        if (size == 8) size = std::min(in.find('\r', 8), in.size());
+        to = std::copy_n(in.data(), size, to);
+        in.remove_prefix(size);
+        if (in.substr(0, 2) == "\r\n") {
             *to++ = '\n';
-            if (++from < end && *from == '.') ++from;
+            in.remove_prefix(in.substr(2, 1) == "." ? 3 : 2);
+        } else if (!in.empty()) {
+            *to++ = '\r';
+            in.remove_prefix(1);
         }
     }
     out.resize(static_cast<std::size_t>(to - out.data()));

@@ -377,6 +377,13 @@ struct letter {
 //     session->connect({"mail.example", 25}, [](const smtpd::reply& greeting) { ... });
 //     if (session->_fileno >= 0) asyncore::socket_map.own(std::move(session));
 //
+// A session ends in one of these ways:
+//
+//     quit()      the command under way is finished, then QUIT is said; a message under way is cut off
+//     abandon()   the same, and no handler is called any more (forget()): its user has no use for it
+//     fail(why)   it can't go on: it closes, and the handler gets -1 and why
+//     close()     at once, without a word to the server; the handler gets -1
+//
 // A session that its map owns may be ended by any handler, its own included: quit() or close(). One that you own must
 // not be destroyed in its own handler or on_close. Destroyed while an answer is awaited, it calls on_close and nothing
 // else. A handler that is null is std::invalid_argument; what on_close throws is logged.
@@ -480,7 +487,8 @@ class SMTP : public asynchat::async_chat {
     reply answer_, worst_;
     std::unique_ptr<asynchat::producer> message_;
     std::shared_ptr<const asyncore::clock::time_point> stop_by_;   // of the proxy that it works for
-    enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
+    // What comes next, by the code that is a yes: to a command that is any below 400.
+    enum class awaited { answer = 0, greeting = 220, end = 250, go_ahead = 354 };
     awaited next_ = awaited::answer;
     bool cut_off_ = false;   // the server has broken off the message
     bool quitting_ = false;
@@ -615,12 +623,12 @@ class ProxyChannel : public SMTPChannel {
         void say_MAIL(SMTP::handler then);
         void say_RCPT(SMTP::handler then);
         std::string refusal(const reply& said);
-        void dismiss();
+        void abandon();
     };
     PureProxy& proxy() const;
     transaction& of(PureProxy::side to) { return transactions_[static_cast<std::size_t>(to)]; }
     void lose();
-    void dismiss_all();
+    void abandon_all();
 
     transaction transactions_[2] = {{*this, PureProxy::side::upstream}, {*this, PureProxy::side::lists}};
     bool lost_ = false;   // the last transaction was lost, and there is no new one yet
