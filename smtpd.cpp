@@ -1127,7 +1127,7 @@ void ProxyChannel::smtp_RCPT(argument arg) {
 
 void ProxyChannel::smtp_DATA(argument arg) {
     for (const auto& it : transactions_)
-        if (!it.session && !it.accepted.empty()) return lose(), push(not_available);
+        if (!it.session && !it.accepted.empty()) lose();
     if (lost_ && mailfrom.empty()) return push(not_available);
     SMTPChannel::smtp_DATA(arg);
 }
@@ -1791,13 +1791,11 @@ void SMTP::collect_incoming_data(std::string_view data) {
 
 void SMTP::found_terminator() {
     std::string line = std::exchange(line_, {});
-    while (!line.empty() && (line.back() == '\r' || line.back() == ' ' || line.back() == '\t')) line.pop_back();
-    const auto digit = [&](std::size_t i) { return i < line.size() && line[i] >= '0' && line[i] <= '9'; };
-    const bool numbered = digit(0) && line[0] >= '2' && line[0] <= '5' && digit(1) && digit(2);
+    line.erase(line.find_last_not_of("\r \t") + 1);
     const bool more = line.size() > 3 && line[3] == '-';
-    const int code = numbered ? std::stoi(line.substr(0, 3)) : -1;
-    if (!numbered || (line.size() > 3 && line[3] != ' ' && !more) || (answer_.code >= 0 && answer_.code != code))
-        return fail("the answer makes no sense");
+    if (more) line[3] = ' ';
+    const int code = is_reply(line.substr(0, 4)) ? std::stoi(line) : -1;
+    if (code < 0 || (answer_.code >= 0 && answer_.code != code)) return fail("the answer makes no sense");
     for (char& c : line)
         if (is_control(c) && c != '\t') c = ' ';
     if (answer_.code >= 0) answer_.text += '\n';
