@@ -970,17 +970,11 @@ ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_t
     no_delay(*conn);   // answers come one by one: none shall wait for another
 }
 
-ProxyChannel::~ProxyChannel() { abandon_all(); }
-
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
-
-void ProxyChannel::abandon_all() {
-    for (auto& it : transactions_) it.abandon();
-}
 
 void ProxyChannel::close() {
     SMTPChannel::close();
-    abandon_all();
+    for (auto& it : transactions_) it.abandon();
 }
 
 // Brings the destination to where it takes recipients: `then` gets its reply to MAIL, or what came in between. A
@@ -1102,7 +1096,7 @@ void ProxyChannel::answer_RCPT() {
 
 // There was nothing left that could pass an answer on: memory ran out, for one.
 void ProxyChannel::answer_lost() {
-    abandon_all();
+    for (auto& it : transactions_) it.abandon();
     lose();
     answer(not_available);
 }

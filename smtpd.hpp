@@ -593,7 +593,6 @@ class PureProxy : public SMTPServer {
 class ProxyChannel : public SMTPChannel {
   public:
     ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr);
-    ~ProxyChannel() override;
     std::string class_name() const override { return "smtpd.ProxyChannel"; }
     void smtp_RCPT(argument arg) override;
     void smtp_RSET(argument arg) override;
@@ -617,6 +616,7 @@ class ProxyChannel : public SMTPChannel {
         std::string mailfrom{};                // as it was told
         std::vector<std::string> accepted{};   // recipients that it has accepted, as the client calls them
 
+        ~transaction() { abandon(); }
         PureProxy& proxy() const { return channel.proxy(); }
         void begin(SMTP::handler then);
         void reset(const std::function<void()>& then);
@@ -628,7 +628,6 @@ class ProxyChannel : public SMTPChannel {
     PureProxy& proxy() const;
     transaction& of(PureProxy::side to) { return transactions_[static_cast<std::size_t>(to)]; }
     void lose();
-    void abandon_all();
 
     transaction transactions_[2] = {{*this, PureProxy::side::upstream}, {*this, PureProxy::side::lists}};
     bool lost_ = false;   // the last transaction was lost, and there is no new one yet
