@@ -468,13 +468,8 @@ void SMTPChannel::handle_close() {
 
 void SMTPChannel::close() {
     if (owed_) std::exchange(owed_, nullptr)->channel = nullptr;
-    if (std::exchange(gathering_, false)) {   // Python has sent by now what was pushed in this event
-        try {
-            initiate_send();
-        } catch (...) {
-            // it is closed anyway
-        }
-    }
+    // Python has sent by now what was pushed in this event.
+    if (std::exchange(gathering_, false)) succeeds([this] { initiate_send(); });
     async_chat::close();
 }
 
@@ -729,11 +724,7 @@ SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, cons
 SMTPServer::~SMTPServer() {
     for (SMTPChannel* channel : std::exchange(channels_, {})) {
         channel->smtp_server = nullptr;
-        try {
-            channel->close();
-        } catch (...) {
-            // what a close() has to say comes too late
-        }
+        succeeds([channel] { channel->close(); });   // what it has to say comes too late
     }
 }
 
