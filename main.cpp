@@ -16,7 +16,6 @@
 #include <csignal>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <iostream>
 
 #include "smtpd.hpp"
@@ -33,8 +32,7 @@ Usage: %program% [options] [localhost:localport [remotehost:remoteport]]
 Options:
 
     -n, --nosetuid
-        Keep your user. Without this option the program becomes `nobody'
-        once it listens, which takes root to do.
+        Don't become `nobody' once it listens, which takes root to do.
 
     -V, --version
         Print the version and exit.
@@ -44,17 +42,15 @@ Options:
         PureProxy by default.
 
     -s, --size BYTES
-        Refuse messages that are larger, and say so by SIZE (RFC 1870).
-        33554432 by default; 0 for no limit.
+        The largest message: 33554432 by default, 0 for no limit (RFC 1870).
 
     -u, --smtputf8
         Offer SMTPUTF8 (RFC 6531).
 
     --mailman-lists FOLDER
     --mailman-lmtp HOST:PORT
-        For MailmanProxy: the folder `lists' of Mailman 3, and where Mailman
-        takes messages by LMTP. /var/lib/mailman3/lists and 127.0.0.1:8024 by
-        default.
+        For MailmanProxy: the folder `lists' of Mailman 3, and its LMTP server;
+        /var/lib/mailman3/lists and 127.0.0.1:8024 by default.
 
     -d, --debug
         Print the conversation on stderr.
@@ -62,9 +58,8 @@ Options:
     -h, --help
         Print this and exit.
 
-localhost:localport is where to listen, localhost:8025 by default;
-remotehost:remoteport is where the proxies send, localhost:25 by default. An
-IPv6 address stands in brackets: [::1]:8025.
+It listens on localhost:8025 by default; the proxies send to the remote host,
+localhost:25 by default. An IPv6 address stands in brackets: [::1]:8025.
 
 The proxies send mail anywhere for every client: an open relay, if strangers
 can reach it.
@@ -77,9 +72,9 @@ Version: %version%
     std::string classes;
     for (const auto& [name, make] : smtpd::server_class::all()) classes += (classes.empty() ? "" : ", ") + name;
     std::string text = doc;
-    const std::pair<const char*, std::string> values[] = {
+    const std::pair<std::string, std::string> values[] = {
         {"%program%", program}, {"%classes%", classes}, {"%version%", std::string(smtpd::version)}};
-    for (const auto& [mark, value] : values) text.replace(text.find(mark), std::strlen(mark), value);
+    for (const auto& [mark, value] : values) text.replace(text.find(mark), mark.size(), value);
     std::cerr << text;
     std::exit(0);
 }
@@ -98,11 +93,11 @@ struct Options {
     asyncore::address local{"localhost", 8025}, remote{"localhost", 25};
 };
 
-// A decimal number; nothing when it is not one, or too large.
-std::optional<std::size_t> number(const std::string& text) {
-    if (text.empty() || text.size() > 18 || text.find_first_not_of("0123456789") != text.npos) return std::nullopt;
-    const unsigned long long value = std::stoull(text);
-    return value <= SIZE_MAX ? std::optional(static_cast<std::size_t>(value)) : std::nullopt;
+// A decimal number, no larger than `largest`.
+std::size_t number(const std::string& text, std::size_t largest, const std::string& complaint) {
+    const bool digits = !text.empty() && text.size() <= 18 && text.find_first_not_of("0123456789") == text.npos;
+    if (!digits || std::stoull(text) > largest) mistake(complaint);
+    return static_cast<std::size_t>(std::stoull(text));
 }
 
 // host:port, or [host]:port; `kind` is for the complaint.
@@ -110,21 +105,14 @@ asyncore::address parse_spec(const std::string& spec, const std::string& kind) {
     const std::size_t bracket = spec.empty() || spec[0] != '[' ? spec.npos : spec.find("]:");
     const std::size_t colon = bracket == spec.npos ? spec.find(':') : bracket + 1;
     if (colon == spec.npos) mistake("Bad " + kind + " spec: " + spec);
-    const auto port = number(spec.substr(colon + 1));
-    if (!port || *port > 65535) mistake("Bad " + kind + " port: " + spec);
+    const std::size_t port = number(spec.substr(colon + 1), 65535, "Bad " + kind + " port: " + spec);
     const std::string host = bracket == spec.npos ? spec.substr(0, colon) : spec.substr(1, bracket - 1);
-    return {host, static_cast<int>(*port)};
+    return {host, static_cast<int>(port)};
 }
 
-void print_version(Options&, const std::string&) {
+[[noreturn]] void print_version() {
     std::cout << smtpd::version << std::endl;
     std::exit(0);
-}
-
-void set_size(Options& options, const std::string& value) {
-    const auto size = number(value);
-    if (!size) mistake("Invalid size: " + value);
-    options.with.data_size_limit = *size;
 }
 
 struct option {
@@ -132,14 +120,19 @@ struct option {
     std::string name;
     bool takes_value;
     void (*set)(Options& options, const std::string& value);
+
+    std::string shown(bool is_long) const { return is_long ? "--" + name : std::string("-") + letter; }
 };
 
 const option known_options[] = {
     {'n', "nosetuid", false, [](auto& options, auto&) { options.setuid = false; }},
-    {'V', "version", false, print_version},
+    {'V', "version", false, [](auto&, auto&) { print_version(); }},
     {'h', "help", false, [](auto&, auto&) { usage(); }},
     {'c', "class", true, [](auto& options, auto& value) { options.classname = value; }},
-    {'s', "size", true, set_size},
+    {'s', "size", true,
+     [](auto& options, auto& value) {
+         options.with.data_size_limit = number(value, SIZE_MAX, "Invalid size: " + value);
+     }},
     {'u', "smtputf8", false, [](auto& options, auto&) { options.with.enable_SMTPUTF8 = true; }},
     {'d', "debug", false, [](auto&, auto&) { smtpd::DEBUGSTREAM.rdbuf(std::cerr.rdbuf()); }},
     {0, "mailman-lists", true, [](auto& options, auto& value) { options.with.mailman_lists = value; }},
@@ -152,7 +145,7 @@ const option& find_option(const std::string& shown) {
     const bool is_long = shown[1] == '-';
     const option* found = nullptr;
     for (const auto& candidate : known_options) {
-        const std::string name = is_long ? "--" + candidate.name : std::string("-") + candidate.letter;
+        const std::string name = candidate.shown(is_long);
         if (name == shown) return candidate;
         if (!is_long || name.compare(0, shown.size(), shown) != 0) continue;
         if (found) mistake("option " + shown + " not a unique prefix");
@@ -165,29 +158,27 @@ const option& find_option(const std::string& shown) {
 // Python's getopt: takes the options off the front of `args`.
 std::vector<std::pair<const option*, std::string>> getopt(std::vector<std::string>& args) {
     std::vector<std::pair<const option*, std::string>> given;
-    std::size_t next = 0;
-    for (bool over = false; !over && next < args.size() && args[next].size() > 1 && args[next][0] == '-'; ++next) {
-        const std::string arg = args[next];
+    auto next = args.begin();
+    while (next != args.end() && next->size() > 1 && (*next)[0] == '-') {
+        std::string arg = *next++;
+        if (arg == "--") break;
         const bool is_long = arg[1] == '-';
-        over = arg == "--";
-        for (std::size_t i = is_long ? 0 : 1, end; !over && i < arg.size(); i = end) {
-            end = is_long ? std::min(arg.find('='), arg.size()) : i + 1;
-            const option& it = find_option(is_long ? arg.substr(0, end) : std::string("-") + arg[i]);
-            const std::string name = is_long ? "--" + it.name : std::string("-") + it.letter;
-            std::string value;
-            if (it.takes_value && end == arg.size()) {
-                if (++next == args.size()) mistake("option " + name + " requires argument");
-                value = args[next];
-            } else if (it.takes_value) {
-                value = arg.substr(is_long ? end + 1 : end);
-                end = arg.size();
-            } else if (is_long && end < arg.size()) {
-                mistake("option " + name + " must not have an argument");
+        while (arg.size() > 1) {
+            const std::size_t end = is_long ? std::min(arg.find('='), arg.size()) : 2;
+            const option& it = find_option(arg.substr(0, end));
+            const std::string rest = arg.substr(end);   // "=VALUE"; VALUE, or more letters
+            const std::string name = "option " + it.shown(is_long);
+            std::string value = rest.substr(is_long && !rest.empty() ? 1 : 0);
+            if (!it.takes_value && is_long && !rest.empty()) mistake(name + " must not have an argument");
+            if (it.takes_value && rest.empty()) {
+                if (next == args.end()) mistake(name + " requires argument");
+                value = *next++;
             }
             given.emplace_back(&it, value);
+            arg = is_long || it.takes_value ? "" : "-" + rest;
         }
     }
-    args.erase(args.begin(), args.begin() + static_cast<std::ptrdiff_t>(next));
+    args.erase(args.begin(), next);
     return given;
 }
 
@@ -209,8 +200,7 @@ Options parseargs(std::vector<std::string> args) {
 void become_nobody() {
     const passwd* nobody = ::getpwnam("nobody");
     if (nobody && ::getuid() == nobody->pw_uid && ::geteuid() == nobody->pw_uid) return;
-    if (nobody && ::setgroups(0, nullptr) == 0 && ::setgid(nobody->pw_gid) == 0 && ::setuid(nobody->pw_uid) == 0)
-        return;
+    if (nobody && !::setgroups(0, nullptr) && !::setgid(nobody->pw_gid) && !::setuid(nobody->pw_uid)) return;
     std::cerr << "Cannot setuid \"nobody\"; try running with -n option.\n";
     std::exit(1);
 }

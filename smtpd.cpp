@@ -9,11 +9,8 @@
 #include <cerrno>
 #include <cstring>
 #include <ctime>
-#include <iomanip>
 #include <iostream>
-#include <locale>
 #include <ostream>
-#include <sstream>
 
 namespace smtpd {
 inline namespace v1 {
@@ -38,17 +35,28 @@ bool debugging() { return default_debugstream().rdbuf() != nullptr; }
 
 const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
 
-// Throws when a method is given none.
+// The handler that a method is given. Throws when it is none.
 template <typename Handler>
-void check_handler(const Handler& then) {
+Handler checked(Handler then) {
     if (!then) throw std::invalid_argument("there is no handler for the answer");
+    return then;
+}
+
+// Whether that works. For what nothing depends on, or nothing any more: a farewell, say.
+template <typename Act>
+bool succeeds(Act act) noexcept {
+    try {
+        act();
+        return true;
+    } catch (...) {
+        return false;
+    }
 }
 
 // Below, after Python's part.
 bool is_ascii(std::string_view text);
 bool is_control(char c);
 std::string upper(std::string_view text);
-char upper(char c);
 std::size_t utf8_length(std::string_view text);
 std::size_t utf8_prefix(std::string_view text);
 bool is_utf8(std::string_view text);
@@ -62,7 +70,6 @@ std::size_t line_length(std::string_view text);
 void no_delay(asyncore::socket_type& socket);
 bool pick_options(const SMTP& session, const std::vector<std::string>& mail_options, bool size, bool utf8,
                   std::vector<std::string>& with);
-std::string_view lstrip(std::string_view text);
 
 }   // namespace
 
@@ -77,8 +84,7 @@ struct deferred_reply::owed {
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
     ~owed();
-    SMTPChannel* take_channel();
-    void settle(std::string_view reply);
+    void settle(std::optional<std::string_view> reply);
     // A client that can't be answered is not left waiting.
     static void guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept;
 };
@@ -501,13 +507,8 @@ void SMTPChannel::handle_close() {
 // The token, if there is one, answers no client from now on. The replies of the event under way are still sent.
 void SMTPChannel::close() {
     if (owed_) std::exchange(owed_, nullptr)->channel = nullptr;
-    if (std::exchange(gathering_, false)) {   // Python has sent by now what was pushed in this event
-        try {
-            initiate_send();
-        } catch (...) {
-            // it is closed anyway
-        }
-    }
+    // Python has sent by now what was pushed in this event.
+    if (std::exchange(gathering_, false)) succeeds([this] { initiate_send(); });
     async_chat::close();
 }
 
@@ -774,11 +775,7 @@ SMTPServer::SMTPServer(const address& localaddr, const address& remoteaddr, cons
 SMTPServer::~SMTPServer() {
     for (SMTPChannel* channel : std::exchange(channels_, {})) {
         channel->smtp_server = nullptr;
-        try {
-            channel->close();
-        } catch (...) {
-            // what a close() has to say comes too late
-        }
+        succeeds([channel] { channel->close(); });   // what it has to say comes too late
     }
 }
 
@@ -981,6 +978,26 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
 // ProxyChannel
 // ---------------------------------------------------------------------------------------------------------
 
+// One message goes through two sessions: the client's with us, and ours with the next server. (Mailman is a second
+// next server: each has a `transaction`, and a recipient belongs to the one that route() names.)
+//
+//     client               ProxyChannel, PureProxy              transaction              next server
+//     MAIL FROM:<a>  ----> smtp_MAIL, answer_MAIL: defer() ---> begin: RSET, or ------>  220, EHLO
+//                                                               open; say_MAIL ------->  MAIL FROM:<a>
+//     250 OK         <---- reply.answer() <-------------------- begun = true <---------  250
+//     RCPT TO:<b>    ----> smtp_RCPT, answer_RCPT: defer() ---> say_RCPT ------------->  RCPT TO:<b>
+//     550 no such    <---- reply.answer(refusal()) <----------- <----------------------  550 no such
+//     DATA           ----> smtp_DATA
+//     354            <---- (our own: the message is taken whole before any of it goes on)
+//     the message    ----> process_message: X-Peer, relay ----> session->data -------->  DATA, the message
+//     250 OK         <---- reply.answer(final_answer()) <------ <----------------------  250
+//
+// While a reply is deferred, the channel executes nothing: so a transaction never has two commands under way. What is
+// accepted here has been accepted there: 250 goes to the client only after the next server's 250. When a session is
+// lost, refusal() says 451 for that recipient. If the client has a 250 already that the loss makes untrue, the whole
+// transaction is over: see lose(). The session stays open for the client's next message, and RSET comes before that
+// when the server may still know of this one (`stale`).
+
 namespace {
 
 constexpr char not_available[] = "451 Error: the next server is not available";
@@ -995,107 +1012,89 @@ std::string final_answer(const reply& answer) {
 
 }   // namespace
 
-ProxyChannel* message_options::proxy_channel() const {
-    const auto owed = owed_.lock();
-    return owed && owed->channel ? owed->channel->proxy_channel() : nullptr;
-}
-
 ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from) {
     no_delay(*conn);   // answers come one by one: none shall wait for another
 }
 
-ProxyChannel::~ProxyChannel() { dismiss_all(); }
-
 PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
-
-void ProxyChannel::dismiss(lane& it) {
-    if (SMTP* session = std::exchange(it.session, nullptr)) session->abandon();
-}
-
-void ProxyChannel::dismiss_all() {
-    for (auto& it : lanes_) dismiss(it);
-}
 
 void ProxyChannel::close() {
     SMTPChannel::close();
-    dismiss_all();
+    for (auto& it : transactions_) it.abandon();
 }
 
-// Brings a side to where it takes recipients: `then` gets its answer to MAIL, or what came in between. A session that
-// was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened, once.
-void ProxyChannel::begin(PureProxy::side to, SMTP::handler then) {
-    lane& it = of(to);
-    const SMTP::handler unless_lost = [this, to, &it, then](const reply& said) {
+// Brings the destination to where it takes recipients: `then` gets its reply to MAIL, or what came in between. A
+// session that was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened,
+// once.
+void ProxyChannel::transaction::begin(SMTP::handler then) {
+    const SMTP::handler unless_lost = [this, then](const reply& said) {
         if (said.code >= 0 && said.code != 421) return then(said);
-        dismiss(it);
-        auto session = proxy().new_session(to);
-        it.session = session.get();
-        it.session->on_close = [&it] { it.session = nullptr; };
-        session->open(proxy().address_of(to), [this, to, &it, then](const reply& answer) {
-            if (answer.code == 250) return say_MAIL(to, then);
-            dismiss(it);
+        abandon();
+        auto made = proxy().new_session(to);
+        session = made.get();
+        made->on_close = [this] { session = nullptr; };
+        made->open(proxy().address_of(to), [this, then](const reply& answer) {
+            if (answer.code == 250) return say_MAIL(then);
+            abandon();
             then(answer);
         });
-        if (session->_fileno >= 0) _map->own(std::move(session));
+        if (made->_fileno >= 0) channel._map->own(std::move(made));
     };
-    reset(it, [this, to, unless_lost](const reply&) { say_MAIL(to, unless_lost); });
+    reset([this, unless_lost] { say_MAIL(unless_lost); });
 }
 
-// Makes a side forget what it has heard; 250 as well when it has lost its connection, and with it its memory.
-void ProxyChannel::reset(lane& it, SMTP::handler then) {
-    it.begun = false;
-    it.accepted.clear();
-    if (!std::exchange(it.stale, false) || !it.session) return then({250, ""});
-    it.session->rset([this, &it, then](const reply& answer) {
-        if (answer.code != 250) dismiss(it);
-        then({250, ""});
+// Makes the destination forget what it has heard. When the connection is lost, so is its memory.
+void ProxyChannel::transaction::reset(const std::function<void()>& then) {
+    begun = false;
+    accepted.clear();
+    if (!std::exchange(stale, false) || !session) return then();
+    session->rset([this, then](const reply& answer) {
+        if (answer.code != 250) abandon();
+        then();
     });
 }
 
-void ProxyChannel::say_MAIL(PureProxy::side to, SMTP::handler then) {
-    lane& it = of(to);
-    if (!it.session) return then({});
+void ProxyChannel::transaction::say_MAIL(SMTP::handler then) {
+    if (!session) return then({});
     std::vector<std::string> with;
-    const bool utf8 = !is_ascii(mailfrom) || (!rcpttos.empty() && !is_ascii(rcpttos.back()));
-    if (!pick_options(*it.session, mail_options, true, utf8, with)) return then(no_SMTPUTF8);
-    it.utf8 = !with.empty() && with.back() == "SMTPUTF8";
-    it.stale = true;
-    it.mailfrom = mailfrom;
-    it.session->mail(mailfrom, with, [&it, then](const reply& answer) {
-        it.begun = answer.code == 250;
+    const bool last_utf8 = !channel.rcpttos.empty() && !is_ascii(channel.rcpttos.back());
+    const bool needs_utf8 = last_utf8 || !is_ascii(channel.mailfrom);
+    if (!pick_options(*session, channel.mail_options, true, needs_utf8, with)) return then(no_SMTPUTF8);
+    utf8 = !with.empty() && with.back() == "SMTPUTF8";
+    stale = true;
+    mailfrom = channel.mailfrom;
+    session->mail(mailfrom, with, [this, then](const reply& answer) {
+        begun = answer.code == 250;
         then(answer);
     });
 }
 
-void ProxyChannel::say_RCPT(PureProxy::side to, const deferred_reply& reply) {
-    lane& it = of(to);
-    if (!it.session) return reply.answer(refusal(to, {}));
-    if (!it.utf8 && !is_ascii(rcpttos.back())) {
-        rcpttos.pop_back();
-        const bool offered = it.session->has_extn("SMTPUTF8");
-        return reply.answer(offered ? "550 Error: SMTPUTF8 was not declared" : no_SMTPUTF8.line());
-    }
-    it.session->rcpt(proxy().address_for(to, rcpttos.back()), [this, to, &it, reply](const auto& said) {
-        if (said.code == 250 || said.code == 251) {
-            it.accepted.push_back(rcpttos.back());
-            return reply.answer("250 OK");
-        }
-        rcpttos.pop_back();
-        reply.answer(refusal(to, said));
+// The client's last recipient. 251 is 250 for `then`.
+void ProxyChannel::transaction::say_RCPT(SMTP::handler then) {
+    const std::string& recipient = channel.rcpttos.back();
+    if (!session) return then({});
+    if (!utf8 && !is_ascii(recipient))
+        return then(session->has_extn("SMTPUTF8") ? reply{550, "Error: SMTPUTF8 was not declared"} : no_SMTPUTF8);
+    session->rcpt(proxy().address_for(to, recipient), [then](reply answer) {
+        if (answer.code == 251) answer.code = 250;
+        then(answer);
     });
 }
 
 // What the client is told of a no. Anything else that is not a yes ends the session; and the transaction, when it takes
 // along what the client was given a 250 for.
-std::string ProxyChannel::refusal(PureProxy::side from, const reply& said) {
+std::string ProxyChannel::transaction::refusal(const reply& said) {
     if (is_refusal(said)) return said.line();
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
-    lane& it = of(from);
-    dismiss(it);
-    it.begun = false;
-    if (proxy().asks_at_MAIL() || !it.accepted.empty()) lose();
+    abandon();
+    begun = false;
+    if (proxy().asks_at_MAIL() || !accepted.empty()) channel.lose();
     return not_available;
+}
+
+void ProxyChannel::transaction::abandon() {
+    if (SMTP* ended = std::exchange(session, nullptr)) ended->abandon();
 }
 
 void ProxyChannel::lose() {
@@ -1105,12 +1104,13 @@ void ProxyChannel::lose() {
 
 void ProxyChannel::answer_MAIL() {
     lost_ = false;
-    for (auto& it : lanes_) it.begun = false, it.accepted.clear();   // of a transaction before
+    for (auto& it : transactions_) it.begun = false, it.accepted.clear();   // of a transaction before
     if (!proxy().asks_at_MAIL()) return push("250 OK");
-    begin(PureProxy::side::upstream, [this, reply = defer()](const auto& said) {
+    transaction& it = of(PureProxy::side::upstream);
+    it.begin([this, &it, reply = defer()](const auto& said) {
         if (said.code == 250) return reply.answer("250 OK");
         _set_post_data_state();
-        reply.answer(refusal(PureProxy::side::upstream, said));
+        reply.answer(it.refusal(said));
     });
 }
 
@@ -1124,20 +1124,26 @@ void ProxyChannel::answer_RCPT() {
         return push(not_available);
     }
     if (proxy().address_of(to).none()) return push("250 OK");
-    const deferred_reply reply = defer();
-    // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
-    const lane& it = of(to);
-    if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return say_RCPT(to, reply);
-    begin(to, [this, to, reply](const auto& said) {
-        if (said.code == 250) return say_RCPT(to, reply);
+    transaction& it = of(to);
+    const SMTP::handler answered = [this, &it, reply = defer()](const auto& said) {
+        if (said.code == 250) {
+            it.accepted.push_back(rcpttos.back());
+            return reply.answer("250 OK");
+        }
         rcpttos.pop_back();
-        reply.answer(refusal(to, said));
+        reply.answer(it.refusal(said));
+    };
+    // MAIL is said again for the sake of a recipient that needs SMTPUTF8, as long as it is the first one.
+    if (it.begun && (it.utf8 || !it.accepted.empty() || is_ascii(rcpttos.back()))) return it.say_RCPT(answered);
+    it.begin([&it, answered](const auto& said) {
+        if (said.code == 250) return it.say_RCPT(answered);
+        answered(said);
     });
 }
 
 // There was nothing left that could pass an answer on: memory ran out, for one.
 void ProxyChannel::answer_lost() {
-    dismiss_all();
+    for (auto& it : transactions_) it.abandon();
     lose();
     answer(not_available);
 }
@@ -1145,8 +1151,8 @@ void ProxyChannel::answer_lost() {
 void ProxyChannel::smtp_RSET(argument arg) {
     if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
     lost_ = false;
-    reset(lanes_[0], [this, reply = defer()](const auto&) {
-        reset(lanes_[1], [this, reply](const auto&) {
+    transactions_[0].reset([this, reply = defer()] {
+        transactions_[1].reset([this, reply] {
             _set_rset_state();
             reply.answer("250 OK");
         });
@@ -1161,8 +1167,8 @@ void ProxyChannel::smtp_RCPT(argument arg) {
 }
 
 void ProxyChannel::smtp_DATA(argument arg) {
-    for (const auto& it : lanes_)
-        if (!it.session && !it.accepted.empty()) return lose(), push(not_available);
+    for (const auto& it : transactions_)
+        if (!it.session && !it.accepted.empty()) lose();
     if (lost_ && mailfrom.empty()) return push(not_available);
     SMTPChannel::smtp_DATA(arg);
 }
@@ -1182,31 +1188,22 @@ std::string lower(std::string text) {
 // What a proxy has to know of a message's header. It ends at the first line that is sent as an empty one; Python looks
 // for \n\n, and takes \r\r for text.
 struct header {
-    std::size_t end = 0;    // where another line goes in
-    bool unended = false;   // there is no empty line, nor an end of the last one
-    int hops = 0;           // X-Peer lines: proxies that it came through
+    std::size_t end = 0;   // where another line goes in
+    int hops = 0;          // X-Peer lines: proxies that it came through
     bool from = false, date = false;
 
     explicit header(std::string_view message) {
-        while (!unended) {
-            const std::string_view line = message.substr(end, line_length(message.substr(end)));
-            if (line.empty()) return;
-            const auto is = [&](std::string_view name) {
-                const auto same = [](char a, char b) { return a == upper(b); };
-                return line.size() >= name.size() && std::equal(name.begin(), name.end(), line.begin(), same);
-            };
-            hops += is("X-PEER:");
-            from = from || is("FROM:");
-            date = date || is("DATE:");
-            end += line.size();
+        while (const std::size_t length = line_length(message.substr(end))) {
+            const std::string_view start = message.substr(end, std::min<std::size_t>(length, 7));
+            const std::size_t colon = start.find(':');
+            const std::string name = colon == start.npos ? "" : upper(start.substr(0, colon));
+            hops += name == "X-PEER";
+            from = from || name == "FROM";
+            date = date || name == "DATE";
+            end += length;
             if (end < message.size()) end += message.substr(end, 2) == "\r\n" ? 2 : 1;
-            // The line end that is added to the message would belong to a CR.
-            unended = end == message.size() && message.back() != '\n';
         }
     }
-
-    // A line as it is put in at `end`.
-    std::string with(const std::string& line) const { return unended ? "\n" + line : line + "\n"; }
 };
 
 constexpr int most_hops = 50;
@@ -1224,22 +1221,13 @@ bool is_own(const asyncore::socket_type& listener, address to) {
     if (to.port == 0 && to.family != AF_UNIX) to.port = 25;
     if (to.port != own.port || there == plain(own.host)) return to.port == own.port;
     if (own.host != "::" && (own.host != "0.0.0.0" || there.find(':') != there.npos)) return false;
-    try {   // What can be bound is an address of this host.
-        to.port = 0;
-        asyncore::socket_type(to.family, SOCK_STREAM).bind(to);
-        return true;
-    } catch (const std::system_error&) {
-        return false;
-    }
+    to.port = 0;
+    return succeeds([&] { asyncore::socket_type(to.family, SOCK_STREAM).bind(to); });   // so it is one of this host
 }
 
 void check_next(const SMTPServer& server, const address& next) {
     std::vector<address> targets;
-    try {
-        if (!next.none()) targets = asyncore::getaddrinfo(next);
-    } catch (const std::system_error&) {
-        // a name that isn't known yet
-    }
+    if (!next.none()) succeeds([&] { targets = asyncore::getaddrinfo(next); });   // the name may not be known yet
     for (const auto& target : targets)
         if (is_own(*server.socket, target)) throw std::invalid_argument("it would send to itself: " + next.str());
 }
@@ -1280,12 +1268,10 @@ const address& PureProxy::address_of(side to) const { return to == side::lists ?
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
                                                       const message_options& kwargs) {
-    const header top(data);
+    const header top(data += '\n');   // the last line's end, which was half of the end of data
     if (top.hops > most_hops) return too_many_hops;
-    letter message(std::move(data), true);
-    message.extra = top.with("X-Peer: " + peer_host(peer));
-    message.at = top.end;
-    relay(side::upstream, mailfrom, rcpttos, std::move(message), kwargs,
+    data.insert(top.end, "X-Peer: " + peer_host(peer) + "\n");
+    relay(side::upstream, mailfrom, rcpttos, std::move(data), kwargs,
           [reply = kwargs.defer()](const auto& said) { reply.answer(final_answer(said)); });
     return std::nullopt;
 }
@@ -1293,16 +1279,17 @@ std::optional<std::string> PureProxy::process_message(const address& peer, const
 // On the transaction that is open, when there is one for just these recipients.
 void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                       const message_options& kwargs, SMTP::handler then) {
-    ProxyChannel* channel = kwargs.proxy_channel();
-    ProxyChannel::lane* it = channel ? &channel->of(to) : nullptr;
+    SMTPChannel* client = kwargs.channel();
+    ProxyChannel* channel = client ? client->proxy_channel() : nullptr;
+    ProxyChannel::transaction* it = channel ? &channel->of(to) : nullptr;
     if (!it || !it->begun || it->mailfrom != mailfrom || it->accepted != rcpttos)
         return deliver(to, mailfrom, rcpttos, std::move(message), kwargs.mail_options, std::move(then));
     it->begun = false;
     if (!it->session) return then({});
-    it->session->data(std::move(message), [channel, it, then](const reply& said) {
+    it->session->data(std::move(message), [it, then](const reply& said) {
         it->stale = said.code != 250;
         it->accepted.clear();
-        if (said.code != 250 && !is_refusal(said)) channel->dismiss(*it);
+        if (said.code != 250 && !is_refusal(said)) it->abandon();
         then(said);
     });
 }
@@ -1314,12 +1301,11 @@ void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::str
 
 void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                         const std::vector<std::string>& mail_options, SMTP::handler then) {
-    check_handler(then);
     auto session = new_session(to);
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
-    const auto done = [&it, then](const reply& said) {
+    const auto done = [&it, then = checked(then)](const reply& said, const auto&...) {
         it.quit();
         then(said);
     };
@@ -1327,8 +1313,7 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     it.on_close = [this, &it] { deliveries_.erase(&it); };
     it.open(address_of(to), [&it, done, mailfrom, recipients, message, mail_options](const reply& answer) {
         if (answer.code != 250) return done(answer);
-        it.sendmail(mailfrom, recipients, message, mail_options, true,
-                    [done](const reply& last, const auto&) { done(last); });
+        it.sendmail(mailfrom, recipients, message, mail_options, true, done);
     });
     if (it._fileno >= 0) _map->own(std::move(session));
 }
@@ -1344,21 +1329,18 @@ struct list_address {
     std::string listname, command, tag, domain;
 
     explicit list_address(const std::string& recipient) {
+        static const std::set<std::string> commands{"admin", "bounces", "confirm",   "join",       "leave",
+                                                    "owner", "request", "subscribe", "unsubscribe"};
         const std::size_t at = std::min(recipient.rfind('@'), recipient.size());
-        const std::string local = recipient.substr(0, at);
+        const std::size_t plus = std::min(recipient.find('+'), at);
+        listname = recipient.substr(0, plus);
+        tag = recipient.substr(plus, at - plus);
         domain = recipient.substr(std::min(at + 1, recipient.size()));
-        const std::size_t plus = std::min(local.find('+'), local.size());
-        listname = local.substr(0, plus);
-        tag = local.substr(plus);
         const std::size_t dash = listname.rfind('-');
-        if (dash == listname.npos || dash == 0) return;
-        for (const char* known :
-             {"ADMIN", "BOUNCES", "CONFIRM", "JOIN", "LEAVE", "OWNER", "REQUEST", "SUBSCRIBE", "UNSUBSCRIBE"})
-            if (upper(listname.substr(dash + 1)) == known) {
-                command = listname.substr(dash + 1);
-                listname.resize(dash);
-                return;
-            }
+        const std::string last = dash == 0 || dash == listname.npos ? "" : lower(listname.substr(dash + 1));
+        if (commands.count(last) == 0) return;
+        command = last;
+        listname.resize(dash);
     }
 };
 
@@ -1366,19 +1348,19 @@ struct list_address {
 std::string date_now() {
     const std::time_t now = std::time(nullptr);
     std::tm tm{};
-    std::ostringstream text;
-    text.imbue(std::locale::classic());
-    text << std::put_time(::gmtime_r(&now, &tm), "%a, %d %b %Y %H:%M:%S +0000");
-    return text.str();
+    ::gmtime_r(&now, &tm);
+    char text[64];
+    std::strftime(text, sizeof text, "day, %d mon %Y %H:%M:%S +0000", &tm);
+    std::memcpy(text, &"SunMonTueWedThuFriSat"[3 * tm.tm_wday], 3);   // strftime() would ask the locale
+    std::memcpy(text + 8, &"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * tm.tm_mon], 3);
+    return text;
 }
 
 }   // namespace
 
 bool MailmanProxy::list_exists(const std::string& listname, const std::string& domain) const {
-    const auto harmless = [](const std::string& part) {
-        return !part.empty() && part[0] != '.' && part.find('/') == part.npos && part.find('\0') == part.npos;
-    };
-    if (!harmless(listname) || !harmless(domain)) return false;
+    if (listname.empty() || listname[0] == '.' || domain.empty() || domain[0] == '.') return false;
+    if ((listname + domain).find_first_of(std::string_view("/\0", 2)) != listname.npos) return false;
     struct stat status {};
     const auto look = [&](const std::string& path) { return ::stat(path.c_str(), &status) == 0 ? 0 : errno; };
     int err = look(settings.mailman_lists + "/" + listname + "." + domain);
@@ -1403,14 +1385,14 @@ PureProxy::side MailmanProxy::route(const std::string& recipient) const {
 // Mailman 3 takes what goes to -admin for bounces: its administrators are -owner.
 std::string MailmanProxy::address_for(side to, const std::string& recipient) const {
     const list_address parts(recipient);
-    if (to != side::lists || lower(parts.command) != "admin") return recipient;
+    if (to != side::lists || parts.command != "admin") return recipient;
     return parts.listname + "-owner" + parts.tag + "@" + parts.domain;
 }
 
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
-    enqueue_next(mailfrom, recipients, {std::move(message), true}, kwargs, std::move(then));
+    enqueue_next(mailfrom, recipients, std::move(message), kwargs, std::move(then));
 }
 
 // Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
@@ -1419,7 +1401,8 @@ void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::st
     const std::string first = recipients.front();
     recipients.erase(recipients.begin());
     relay(side::lists, mailfrom, {first}, message, kwargs, [=](const reply& said) {
-        said.code != 250 || recipients.empty() ? then(said) : enqueue_next(mailfrom, recipients, message, kwargs, then);
+        if (said.code != 250 || recipients.empty()) return then(said);
+        enqueue_next(mailfrom, recipients, message, kwargs, then);
     });
 }
 
@@ -1429,22 +1412,21 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
                                                          const message_options& kwargs) {
     std::vector<std::string> listrcpts, rest;
     for (const auto& recipient : rcpttos) (route(recipient) == side::lists ? listrcpts : rest).push_back(recipient);
-    const header top(data);
+    const header top(data += '\n');
     if (top.hops > most_hops) return too_many_hops;
-    std::string added;
-    if (!top.from) added += top.with("From: " + mailfrom);
-    if (!top.date) added += top.with("Date: " + date_now());
-    const letter message(std::move(data), true);
+    const std::string added =
+        (top.from ? "" : "From: " + mailfrom + "\n") + (top.date ? "" : "Date: " + date_now() + "\n");
+    const letter message(std::move(data));
     const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
-        std::string text;
-        text.reserve(message.text->size() + added.size());
-        text.append(*message.text, 0, top.end).append(added).append(*message.text, top.end, text.npos);
-        std::string().swap(*message.text);   // upstream has it
-        enqueue(mailfrom, listrcpts, std::move(text), kwargs, finish);
+        message.text->insert(top.end, added);   // upstream has had it
+        enqueue(mailfrom, listrcpts, std::move(*message.text), kwargs, finish);
     };
-    rest.empty() ? then({250, ""}) : relay(side::upstream, mailfrom, rest, message, kwargs, then);
+    if (rest.empty())
+        then({250, ""});
+    else
+        relay(side::upstream, mailfrom, rest, message, kwargs, then);
     return std::nullopt;
 }
 
@@ -1459,7 +1441,9 @@ std::unique_ptr<SMTPServer> make_server(const address& localaddr, const address&
     return std::make_unique<Server>(localaddr, remoteaddr, with);
 }
 
-std::map<std::string, server_factory>& known_classes() {
+}   // namespace
+
+std::map<std::string, server_factory>& server_class::all() {
     static std::map<std::string, server_factory> classes{{"SMTPServer", make_server<SMTPServer>},
                                                          {"DebuggingServer", make_server<DebuggingServer>},
                                                          {"PureProxy", make_server<PureProxy>},
@@ -1467,47 +1451,42 @@ std::map<std::string, server_factory>& known_classes() {
     return classes;
 }
 
-}   // namespace
-
-server_class::server_class(const std::string& name, server_factory make) { known_classes()[name] = std::move(make); }
-
-const std::map<std::string, server_factory>& server_class::all() { return known_classes(); }
-
 // ---------------------------------------------------------------------------------------------------------
 // Replies that come later: not in smtpd.py
 // ---------------------------------------------------------------------------------------------------------
+
+// A reply that is owed is shared by the channel, while a hook runs, and by the tokens that defer() has given. It has
+// one of four lives:
+//
+//     the hook returns                   never deferred: what the hook returns is the reply
+//     a token answers in the hook        kept in `status` until the hook returns, which is then ignored
+//     a token answers later              the channel is paused until then; settle() answers, and it goes on
+//     all tokens go, none has answered   ~owed answers: 451, and the channel goes on
+//
+// In each of them settle() takes the channel out, so that the first answer is the only one. When the client has gone,
+// its channel has set `channel` to null, and answers do nothing.
 
 // A channel waits for one reply: the last that was asked for.
 deferred_reply::owed::owed(SMTPChannel* who) : channel(who) {
     if (owed* former = std::exchange(channel->owed_, this)) former->channel = nullptr;
 }
 
-deferred_reply::owed::~owed() {
-    // The last that could have answered has gone without a word.
-    if (SMTPChannel* waiting = take_channel()) guarded(*waiting, [&] { waiting->answer_lost(); });
-}
+// When the last that could have answered goes without a word.
+deferred_reply::owed::~owed() { settle(std::nullopt); }
 
-// The client to answer; null when that has been done, or the client has gone.
-SMTPChannel* deferred_reply::owed::take_channel() {
-    if (channel) channel->owed_ = nullptr;
-    return std::exchange(channel, nullptr);
-}
-
-void deferred_reply::owed::settle(std::string_view reply) {
-    if (SMTPChannel* waiting = take_channel())
-        guarded(*waiting, [&] { waiting->answer(reply.empty() ? "250 OK" : reply); });
+// Nothing, when that has been done, or the client has gone.
+void deferred_reply::owed::settle(std::optional<std::string_view> reply) {
+    SMTPChannel* const waiting = std::exchange(channel, nullptr);
+    if (!waiting) return;
+    waiting->owed_ = nullptr;
+    guarded(*waiting, [&] {
+        if (!reply) return waiting->answer_lost();
+        waiting->answer(reply->empty() ? "250 OK" : *reply);
+    });
 }
 
 void deferred_reply::owed::guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept {
-    try {
-        answer();
-    } catch (...) {
-        try {
-            waiting.close();
-        } catch (...) {
-            // it has left the map all the same
-        }
-    }
+    if (!succeeds(answer)) succeeds([&] { waiting.close(); });   // it leaves the map in any case
 }
 
 void deferred_reply::answer(std::string_view status) const {
@@ -1554,20 +1533,11 @@ std::size_t line_length(std::string_view text) {
 
 }   // namespace
 
-std::array<std::string_view, 4> letter::parts() const {
-    const std::string_view all = *text;
-    return {all.substr(0, at), extra, all.substr(at), one_more ? "\n" : ""};
-}
-
 std::size_t letter::size() const {
-    std::size_t size = 0;
+    std::size_t size = text->size();
     char last = 0;
-    for (const auto part : parts())
-        for (const char c : part) {
-            size += !is_line_end(c) ? 1 : c == '\n' && last == '\r' ? 0 : 2;
-            last = c;
-        }
-    return size;
+    for (const char c : *text) size += (c == '\n') != (std::exchange(last, c) == '\r');   // one of the two is missing
+    return size + (last == '\r');
 }
 
 namespace {
@@ -1575,69 +1545,44 @@ namespace {
 // A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
 class message_producer : public asynchat::producer {
   public:
-    explicit message_producer(letter message) : message_(std::move(message)), parts_(message_.parts()) {}
+    explicit message_producer(letter message) : message_(std::move(message)), left_(*message_.text) {}
 
     std::string more() override {
         if (done_) return "";
-        std::size_t left = 0;
-        for (const auto part : parts_) left += part.size();
-        const std::size_t size = std::min<std::size_t>(2 * left + 5, 65536);
+        const std::size_t size = std::min<std::size_t>(2 * left_.size() + 5, 65536);
         const std::unique_ptr<char[]> piece(new char[size]);   // not filled first, as a string would be
         char* out = piece.get();
         const char* const end = out + size;
-        char last = last_;   // locals are what a loop of bytes needs
-        std::size_t column = column_;
-        for (auto& part : parts_) {
-            const char* in = part.data();
-            const char* const in_end = in + part.size();
-            while (in != in_end && end - out > 2) {
-                const char c = *in++;
-                if (is_line_end(c)) {
-                    if (c == '\r' || last != '\r') *out++ = '\r', *out++ = '\n';
-                    column = 0;
-                } else {
-                    if (c == '.' && column == 0) *out++ = '.';
-                    *out++ = c;
-                    if (++column >= 4) {   // the rest of a line that is not so short
-                        const auto room = static_cast<std::size_t>(std::min(in_end - in, end - out));
-                        const std::size_t length = line_length({in, room});
-                        out = std::copy_n(in, length, out);
-                        in += length;
-                    }
-                }
-                last = c;
-            }
-            left -= static_cast<std::size_t>(in - part.data());
-            part.remove_prefix(static_cast<std::size_t>(in - part.data()));
+        while (!left_.empty() && end - out > 2) {
+            if (!in_line_ && left_[0] == '.') *out++ = '.';
+            const std::size_t length = line_length(left_.substr(0, static_cast<std::size_t>(end - out - 2)));
+            out = std::copy_n(left_.data(), length, out);
+            left_.remove_prefix(length);
+            in_line_ = left_.empty() || !is_line_end(left_[0]);
+            if (in_line_) continue;   // it is broken off here
+            left_.remove_prefix(left_.substr(0, 2) == "\r\n" ? 2 : 1);
+            *out++ = '\r', *out++ = '\n';
         }
-        last_ = last;
-        column_ = column;
-        done_ = left == 0 && end - out >= 5;
-        if (done_ && column > 0) out = std::copy_n("\r\n", 2, out);
+        done_ = left_.empty() && end - out >= 5;
+        if (done_ && in_line_) out = std::copy_n("\r\n", 2, out);
         if (done_) out = std::copy_n(".\r\n", 3, out);
         return {piece.get(), out};
     }
 
   private:
     const letter message_;
-    std::array<std::string_view, 4> parts_;   // what is left of them
-    char last_ = '\n';                        // a byte of the last ones that were taken: CR, when that was one
-    std::size_t column_ = 0;
+    std::string_view left_;   // what is left of it
+    bool in_line_ = false;    // its first byte is not the first one of a line
     bool done_ = false;
 };
 
 // When that time has passed from now on; 0 is never.
 asyncore::clock::time_point after(std::chrono::milliseconds time) {
-    const bool ends = time.count() > 0 && time < for_ever;
-    return ends ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
+    return ends(time) ? asyncore::clock::now() + time : asyncore::clock::time_point::max();
 }
 
 void no_delay(asyncore::socket_type& socket) {
-    try {
-        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
-    } catch (const std::system_error&) {
-        // not a TCP socket
-    }
+    succeeds([&] { socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1); });   // it may be no TCP socket
 }
 
 // Nothing may end a command early.
@@ -1691,11 +1636,7 @@ SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, 
 
 SMTP::~SMTP() {
     const handler dropped = std::exchange(then_, nullptr);
-    try {
-        say_closed();
-    } catch (...) {
-        // it is too late to leave the loop
-    }
+    succeeds([this] { say_closed(); });
 }
 
 void SMTP::connect(const address& server, handler then) {
@@ -1746,16 +1687,14 @@ void SMTP::handle_connect() {
 }
 
 void SMTP::open(const address& server, handler then) {
-    check_handler(then);
-    connect(server, [this, then](const reply& greeting) {
+    connect(server, [this, then = checked(then)](const reply& greeting) {
         greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
     });
 }
 
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
-    check_handler(then);
     if (then_) throw std::logic_error("one command at a time");
-    then_ = std::move(then);
+    then_ = checked(std::move(then));
     due_ = after(wait);
     replies_left_ = 1;
     worst_ = {};
@@ -1763,16 +1702,14 @@ void SMTP::expect(handler then, std::chrono::milliseconds wait) {
 
 void SMTP::docmd(const std::string& cmd, handler then) {
     check_command(cmd);
-    check_handler(then);
-    if (!connected) return then({-1, "not connected"});
+    if (!connected) return checked(then)({-1, "not connected"});
     stage = cmd.substr(0, cmd.find(' '));
     expect(std::move(then), wait_.command);
     async_chat::push(cmd + "\r\n");
 }
 
 void SMTP::ehlo(handler then) {
-    check_handler(then);
-    docmd(ehlo_msg() + " " + own_name(), [this, then](const reply& answer) {
+    docmd(ehlo_msg() + " " + own_name(), [this, then = checked(then)](const reply& answer) {
         does_esmtp = answer.code == 250;
         esmtp_features.clear();
         std::size_t end = answer.text.find('\n');
@@ -1790,8 +1727,7 @@ void SMTP::ehlo(handler then) {
 void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
 
 void SMTP::ehlo_or_helo_if_needed(handler then) {
-    check_handler(then);
-    ehlo([this, then](const reply& answer) {
+    ehlo([this, then = checked(then)](const reply& answer) {
         if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
         helo(then);
     });
@@ -1813,8 +1749,7 @@ void SMTP::mail(const std::string& sender, const std::vector<std::string>& with,
 }
 
 void SMTP::rcpt(const std::string& recipient, handler then) {
-    check_handler(then);
-    docmd("RCPT TO:" + in_brackets(recipient), [this, then](const reply& answer) {
+    docmd("RCPT TO:" + in_brackets(recipient), [this, then = checked(then)](const reply& answer) {
         if (answer.code == 250 || answer.code == 251) ++accepted_;
         then(answer);
     });
@@ -1832,9 +1767,13 @@ void SMTP::send_message() {
     stage = "message";
     next_ = awaited::end;
     replies_left_ = std::max<std::size_t>(data_replies(accepted_), 1);
-    gone_out_ = false;
-    due_ = after(wait_.data_block);
     push_with_producer(std::move(message_));
+    message_goes_on();
+}
+
+// The server's patience is ours: each piece of the message has its time, and the answer to it.
+void SMTP::message_goes_on() {
+    if (next_ == awaited::end) due_ = after(producer_fifo.empty() ? wait_.data_termination : wait_.data_block);
 }
 
 void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
@@ -1853,17 +1792,12 @@ void SMTP::forget() {
 }
 
 void SMTP::abandon() noexcept {
-    try {
-        forget();
-        quit();
-    } catch (...) {
-        // it ends when it is due
-    }
+    forget();
+    succeeds([this] { quit(); });   // if it can't be said, the session ends when it is due
 }
 
 // What sendmail() keeps between one command and the next.
 struct SMTP::mailing {
-    SMTP& session;
     std::vector<std::string> to_addrs;
     letter message;
     bool all;
@@ -1871,35 +1805,34 @@ struct SMTP::mailing {
     refused refused_so_far{};
     reply last_refusal{554, "Error: no recipients"};
     std::size_t next = 0;
-
-    static void say_RCPT(const std::shared_ptr<mailing>& it) {
-        if (it->next == it->to_addrs.size()) {
-            if (it->session.accepted_ == 0) return it->then(it->last_refusal, it->refused_so_far);
-            return it->session.data(std::move(it->message),
-                                    [it](const reply& answer) { it->then(answer, it->refused_so_far); });
-        }
-        it->session.rcpt(it->to_addrs[it->next], [it](const reply& answer) {
-            const bool yes = answer.code == 250 || answer.code == 251;
-            if (!yes) it->refused_so_far[it->to_addrs[it->next]] = it->last_refusal = answer;
-            ++it->next;
-            if (!yes && (it->all || !it->session.connected)) return it->then(answer, it->refused_so_far);
-            say_RCPT(it);
-        });
-    }
 };
 
 void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                     const std::vector<std::string>& mail_options, bool all,
                     std::function<void(const reply&, const refused&)> then) {
-    check_handler(then);
     std::vector<std::string> with;
     const bool utf8 = !is_ascii(from_addr) || !std::all_of(to_addrs.begin(), to_addrs.end(), is_ascii);
-    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return then(no_SMTPUTF8, {});
-    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(msg.size()));
-    auto it = std::make_shared<mailing>(mailing{*this, to_addrs, std::move(msg), all, std::move(then)});
-    mail(from_addr, with, [it](const reply& answer) {
+    const auto it = std::make_shared<mailing>(mailing{to_addrs, std::move(msg), all, checked(std::move(then))});
+    if (connected && !pick_options(*this, mail_options, false, utf8, with)) return it->then(no_SMTPUTF8, {});
+    if (has_extn("SIZE")) with.push_back("SIZE=" + std::to_string(it->message.size()));
+    mail(from_addr, with, [this, it](const reply& answer) {
         if (answer.code != 250) return it->then(answer, {});
-        mailing::say_RCPT(it);
+        send_recipients(it);
+    });
+}
+
+// The next recipient; or the message, when there is none left.
+void SMTP::send_recipients(const std::shared_ptr<mailing>& it) {
+    const auto done = [it](const reply& answer) { it->then(answer, it->refused_so_far); };
+    const bool all_said = it->next == it->to_addrs.size();
+    if (all_said && accepted_ == 0) return done(it->last_refusal);
+    if (all_said) return data(std::move(it->message), done);
+    const std::string& to = it->to_addrs[it->next++];
+    rcpt(to, [this, it, &to, done](const reply& answer) {
+        const bool yes = answer.code == 250 || answer.code == 251;
+        if (!yes) it->refused_so_far[to] = it->last_refusal = answer;
+        if (!yes && (it->all || !connected)) return done(answer);
+        send_recipients(it);
     });
 }
 
@@ -1910,13 +1843,11 @@ void SMTP::collect_incoming_data(std::string_view data) {
 
 void SMTP::found_terminator() {
     std::string line = std::exchange(line_, {});
-    while (!line.empty() && (line.back() == '\r' || line.back() == ' ' || line.back() == '\t')) line.pop_back();
-    const auto digit = [&](std::size_t i) { return i < line.size() && line[i] >= '0' && line[i] <= '9'; };
-    const bool numbered = digit(0) && line[0] >= '2' && line[0] <= '5' && digit(1) && digit(2);
+    line.erase(line.find_last_not_of("\r \t") + 1);
     const bool more = line.size() > 3 && line[3] == '-';
-    const int code = numbered ? std::stoi(line.substr(0, 3)) : -1;
-    if (!numbered || (line.size() > 3 && line[3] != ' ' && !more) || (answer_.code >= 0 && answer_.code != code))
-        return fail("the answer makes no sense");
+    if (more) line[3] = ' ';
+    const int code = is_reply(line.substr(0, 4)) ? std::stoi(line) : -1;
+    if (code < 0 || (answer_.code >= 0 && answer_.code != code)) return fail("the answer makes no sense");
     for (char& c : line)
         if (is_control(c) && c != '\t') c = ' ';
     if (answer_.code >= 0) answer_.text += '\n';
@@ -1926,27 +1857,27 @@ void SMTP::found_terminator() {
     if (!more) report(std::exchange(answer_, {}));
 }
 
+// A whole reply has come. What it means depends on what is awaited:
+//
+//     next_       set by                  a yes           then comes
+//     greeting    handle_connect          220             answer (open() says EHLO)
+//     answer      the end of a command    2yz, 3yz        answer
+//     go_ahead    data()                  354             end: the message is sent at once, none is told yet
+//     end         send_message            2yz, is 250     answer
+//
+// 4yz and 5yz are a no in each of them, and go to the handler as they are. Any other code makes no sense, and so does a
+// yes to what has not been sent whole: the session fails. The session closes behind 421, behind a no that came before
+// the message was sent whole, and when there is more input than replies that are awaited. LMTP's `end` takes a reply
+// for each recipient, and the worst of them goes to the handler.
 void SMTP::report(reply answer) {
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
     const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
     const bool surplus = !ac_in_buffer().empty();
-    bool yes = !unfinished;
-    switch (next_) {
-        case awaited::greeting:
-            yes = answer.code == 220;
-            break;
-        case awaited::go_ahead:
-            yes = answer.code == 354;
-            if (yes && !surplus) return send_message();
-            break;
-        case awaited::end:
-            // Python: 250 alone. Any other yes would then be a reason to send the message again.
-            if (answer.code / 100 == 2) answer.code = 250;
-            break;
-        case awaited::answer:
-            break;
-    }
-    if (!yes && answer.code < 400) return fail("the answer makes no sense");
+    // Python: 250 alone. Any other yes would then be a reason to send the message again.
+    if (next_ == awaited::end && answer.code / 100 == 2) answer.code = 250;
+    const bool yes = next_ == awaited::answer || answer.code == static_cast<int>(next_);
+    if (answer.code < 400 && (unfinished || !yes)) return fail("the answer makes no sense");
+    if (answer.code == 354 && next_ == awaited::go_ahead && !surplus) return send_message();
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
     const bool over = answer.code == 421 || unfinished;
     if (--replies_left_ > 0 && !over) return;
@@ -1969,11 +1900,7 @@ void SMTP::fail(const std::string& why) {
 }
 
 void SMTP::close() {
-    try {
-        async_chat::close();
-    } catch (const std::system_error&) {
-        // the descriptor is gone, and who waits has to know
-    }
+    succeeds([this] { async_chat::close(); });   // the descriptor is gone, and who waits has to know
     producer_fifo.clear();
     due_ = asyncore::clock::time_point::max();
     say_closed();
@@ -1997,7 +1924,7 @@ void SMTP::say_closed() {
 
 void SMTP::handle_write() {
     async_chat::handle_write();
-    if (next_ == awaited::end && !gone_out_) due_ = after(wait_.data_block);
+    message_goes_on();
 }
 
 void SMTP::handle_close() {
@@ -2024,10 +1951,6 @@ void SMTP::handle_error() {
 }
 
 asyncore::clock::time_point SMTP::deadline() {
-    if (next_ == awaited::end && !gone_out_ && producer_fifo.empty()) {
-        gone_out_ = true;
-        due_ = after(wait_.data_termination);
-    }
     return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
 }
 
@@ -2048,12 +1971,10 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
     SMTP session(&map, wait);
     session.local_hostname = with.local_hostname;
     reply result;
-    std::string stage;
     SMTP::refused refused;
     const auto done = [&](const reply& answer, const SMTP::refused& some) {
         result = answer;
         refused = some;
-        stage = session.stage;
         session.quit();
     };
     session.open(server, [&](const reply& answer) {
@@ -2067,7 +1988,7 @@ SMTP::refused sendmail(const address& server, const std::string& from_addr, cons
         asyncore::poll(std::clamp(left.count(), 0.0, 30.0), &map);
     }
     if (result.code < 0 && result.text.empty()) result.text = "no answer in time";
-    if (result.code != 250) throw SMTPResponseException(result, stage, refused);
+    if (result.code != 250) throw SMTPResponseException(result, session.stage, refused);
     return refused;
 }
 
@@ -2083,11 +2004,10 @@ bool is_ascii(std::string_view text) {
 
 bool is_control(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
 
-char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
-
 std::string upper(std::string_view text) {
     std::string result(text);
-    for (char& c : result) c = upper(c);
+    for (char& c : result)
+        if (c >= 'a' && c <= 'z') c = static_cast<char>(c - 'a' + 'A');
     return result;
 }
 
@@ -2180,19 +2100,18 @@ void append_unstuffed(std::string& out, std::string_view in) {
     const std::size_t before = out.size();
     out.resize(before + in.size());
     char* to = out.data() + before;
-    for (const char *from = in.data(), *const end = from + in.size(); from < end;) {
-        if (*from != '\r') {
-            for (int near = 0; near < 8 && from < end && *from != '\r'; ++near) *to++ = *from++;
-            if (from == end || *from == '\r') continue;   // short lines take no call
-            const std::string_view rest(from, static_cast<std::size_t>(end - from));
-            const std::size_t size = std::min(rest.find('\r'), rest.size());
-            to = std::copy_n(from, size, to);
-            from += size;
-        } else if (++from == end || *from != '\n') {
-            *to++ = '\r';
-        } else {
+    while (!in.empty()) {
+        std::size_t size = 0;   // of the text before a CR; a short one takes no search
+        while (size < 8 && size < in.size() && in[size] != '\r') ++size;
+        if (size == 8) size = std::min(in.find('\r', 8), in.size());
+        to = std::copy_n(in.data(), size, to);
+        in.remove_prefix(size);
+        if (in.substr(0, 2) == "\r\n") {
             *to++ = '\n';
-            if (++from < end && *from == '.') ++from;
+            in.remove_prefix(in.substr(2, 1) == "." ? 3 : 2);
+        } else if (!in.empty()) {
+            *to++ = '\r';
+            in.remove_prefix(1);
         }
     }
     out.resize(static_cast<std::size_t>(to - out.data()));
@@ -2220,259 +2139,222 @@ bool is_reply(std::string_view text) {
 
 // Reads an address from the front of `text`, and appends what is to be kept of it to `address`. RFC 2047 words are text
 // like any other; Python decodes them, and what they hide gets into the envelope.
+//
+// The functions are Python's. False is its HeaderParseError: the caller may try another reading. (Its IndexError, after
+// which it tries none, needs no value of its own: where it is raised, the other reading fails too.) get_atom() and what
+// is below it have then taken nothing but comments and white space.
 class address_parser {
   public:
-    // Python raises one of two exceptions: after a HeaderParseError it tries another reading, after an IndexError none.
-    // A function that returns a bool can only meet the first, and then it has taken nothing but comments and white
-    // space.
-    enum result { ok, HeaderParseError, IndexError };
-
-    explicit address_parser(std::string_view input) : text(input) {}
-
-    result get_addr_spec();
-    result get_angle_addr();
-
     std::string_view text;   // what has not been read yet
     std::string address;
 
+    explicit address_parser(std::string_view input) : text(input) {}
+
+    bool get_addr_spec() {
+        if (!get_local_part()) return false;
+        if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
+            std::string quoted = "\"";
+            for (const char c : address) {
+                if (c == '"' || c == '\\') quoted += '\\';
+                quoted += c;
+            }
+            address = quoted + '"';
+        }
+        if (!next_is('@')) return true;
+        take();
+        const std::size_t size = address.size();
+        if (!get_domain()) return false;
+        const std::string domain = without_space(std::string_view(address).substr(size));
+        // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
+        if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return false;
+        address.replace(size, address.npos, domain);
+        return true;
+    }
+
+    bool get_angle_addr() {
+        get_cfws();
+        if (!skip('<')) return false;
+        if (skip('>')) {
+            address = "<>";
+            return true;
+        }
+        const std::string_view start = text;
+        if (!get_addr_spec()) {
+            text = start;
+            const bool route = get_obs_route();
+            address.clear();   // of the first reading, and of the route
+            if (!route || !get_addr_spec()) return false;
+        }
+        if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
+        skip('>');
+        get_cfws();
+        return true;
+    }
+
   private:
-    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
-    bool next_is(char c) const { return !text.empty() && text[0] == c; }
-    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
-    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
-    void skip() { text.remove_prefix(1); }
-    void take() {
-        address += text[0];
-        skip();
-    }
-    void take(std::size_t size) {
-        address.append(text, 0, size);
-        text.remove_prefix(size);
-    }
-
-    void get_ptext(std::string_view ends);
-    void get_fws() { text = lstrip(text); }
-    bool get_atext();
-    void get_bare_quoted_string();
-    void get_comment();
-    bool get_cfws();
-    bool get_atom();
-    bool get_dot_atom();
-    bool get_word();
-    result get_local_part();
-    void get_obs_local_part();
-    result get_domain_literal();
-    result get_domain();
-    result get_obs_route();
-
     static constexpr std::string_view WSP = " \t";
     static constexpr std::string_view CFWS_LEADER = " \t(";
     static constexpr std::string_view ATOM_ENDS = "()<>@,:;.\\\"[] \t";
     static constexpr std::string_view DOT_ATOM_ENDS = "()<>@,:;\\\"[] \t";
     static constexpr std::string_view PHRASE_ENDS = ")<>@,:;[]";   // Python's has a backslash, and excepts it each time
-};
 
-// Text with its quoted pairs resolved, up to white space or one of `ends`.
-void address_parser::get_ptext(std::string_view ends) {
-    for (bool escape = false; !text.empty() && !in(text[0], WSP); skip()) {
-        if (!escape && in(text[0], ends)) return;
-        escape = text[0] == '\\' && !escape;
-        if (!escape) address += text[0];
+    static bool in(char c, std::string_view set) { return set.find(c) != set.npos; }
+    bool next_is(char c) const { return !text.empty() && text[0] == c; }
+    bool next_in(std::string_view set) const { return !text.empty() && in(text[0], set); }
+    bool ends_phrase() const { return text.empty() || next_in(PHRASE_ENDS); }
+    bool skip(char c) {
+        const bool found = next_is(c);
+        text.remove_prefix(found);
+        return found;
     }
-}
-
-bool address_parser::get_atext() {
-    const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
-    take(size);
-    return size > 0;
-}
-
-void address_parser::get_bare_quoted_string() {
-    skip();   // the quote
-    while (!text.empty() && text[0] != '"') {
-        if (in(text[0], WSP))
-            take(text.size() - lstrip(text).size());
-        else
-            get_ptext("\"");
+    void take(std::size_t size = 1) {
+        address.append(text, 0, size);
+        text.remove_prefix(size);
     }
-    if (!text.empty()) skip();
-}
 
-void address_parser::get_comment() {
-    int depth = 0;
-    do {
-        if (text[0] == '(') ++depth;
-        if (text[0] == ')') --depth;
-        const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
-        text.remove_prefix(escapes ? 2 : 1);
-    } while (depth > 0 && !text.empty());
-}
-
-// Comments and folding white space; whether there was any.
-bool address_parser::get_cfws() {
-    const std::size_t before = text.size();
-    while (next_in(CFWS_LEADER)) {
-        if (text[0] == '(')
-            get_comment();
-        else
-            get_fws();
-    }
-    return text.size() != before;
-}
-
-bool address_parser::get_atom() {
-    get_cfws();
-    if (!get_atext()) return false;
-    get_cfws();
-    return true;
-}
-
-bool address_parser::get_dot_atom() {
-    get_cfws();
-    const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
-    if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos) return false;
-    take(found.size());
-    get_cfws();
-    return true;
-}
-
-bool address_parser::get_word() {
-    get_cfws();
-    if (!next_is('"')) return get_atom();
-    get_bare_quoted_string();
-    get_cfws();
-    return true;
-}
-
-address_parser::result address_parser::get_local_part() {
-    const std::string_view start = text;
-    if (text.empty()) return IndexError;
-    get_cfws();
-    if (text.empty()) return HeaderParseError;
-    if (!get_dot_atom()) {
-        if (text == "\"") return IndexError;   // Python looks at the first item of nothing
-        if (!get_word() && ends_phrase()) return HeaderParseError;
-    }
-    if (ends_phrase()) return ok;
-    text = start;   // what follows is neither: read it all once more, by the obsolete grammar
-    address.clear();
-    get_obs_local_part();
-    return ok;
-}
-
-// Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between two
-// backslashes that are out of place.
-void address_parser::get_obs_local_part() {
-    for (char before = '.';;) {
-        const bool space = get_cfws();
-        if (ends_phrase()) return;
-        const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
-        if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
-        if (next != 'a')
-            take();
-        else if (next_is('"'))
-            get_bare_quoted_string();
-        else
-            get_atext();
-        before = next;
-    }
-}
-
-address_parser::result address_parser::get_domain_literal() {
-    take();   // the bracket
-    if (next_in(WSP)) get_fws();
-    get_ptext("[]");
-    if (next_in(WSP)) get_fws();
-    if (text.empty()) return IndexError;   // not closed
-    if (text[0] != ']') return HeaderParseError;
-    take();
-    get_cfws();
-    return ok;
-}
-
-address_parser::result address_parser::get_domain() {
-    if (text.empty()) return IndexError;
-    get_cfws();
-    if (text.empty()) return HeaderParseError;
-    if (text[0] == '[') return get_domain_literal();
-    if (!get_dot_atom() && !get_atom()) return HeaderParseError;
-    if (next_is('@')) return HeaderParseError;
-    while (next_is('.')) {
-        take();
-        if (!get_atom()) return HeaderParseError;
-    }
-    return ok;
-}
-
-address_parser::result address_parser::get_addr_spec() {
-    if (const result failure = get_local_part()) return failure;
-    if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
-        std::string quoted = "\"";
-        for (const char c : address) {
-            if (c == '"' || c == '\\') quoted += '\\';
-            quoted += c;
+    // Text with its quoted pairs resolved, up to white space or one of `ends`.
+    void get_ptext(std::string_view ends) {
+        for (bool escape = false; !text.empty() && !in(text[0], WSP); text.remove_prefix(1)) {
+            if (!escape && in(text[0], ends)) return;
+            escape = text[0] == '\\' && !escape;
+            if (!escape) address += text[0];
         }
-        address = quoted + '"';
     }
-    if (!next_is('@')) return ok;
-    take();
-    const std::size_t size = address.size();
-    if (const result failure = get_domain()) return failure;
-    const std::string domain = without_space(std::string_view(address).substr(size));
-    // Python: sent on as it is, though the next server reads `[>]` otherwise than `[\>]`. Here it is malformed.
-    if (domain.find_first_of("<>[]\\", 1) < domain.size() - 1) return HeaderParseError;
-    address.replace(size, address.npos, domain);
-    return ok;
-}
 
-address_parser::result address_parser::get_obs_route() {
-    while (next_is(',') || next_in(CFWS_LEADER))
-        if (!get_cfws()) skip();
-    if (!next_is('@')) return HeaderParseError;
-    skip();
-    if (const result failure = get_domain()) return failure;
-    while (next_is(',')) {
-        skip();
-        if (text.empty()) break;
+    void get_fws() { text = lstrip(text); }
+
+    bool get_atext() {
+        const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
+        take(size);
+        return size > 0;
+    }
+
+    void get_bare_quoted_string() {
+        skip('"');
+        while (!text.empty() && text[0] != '"') {
+            if (in(text[0], WSP))
+                take(text.size() - lstrip(text).size());
+            else
+                get_ptext("\"");
+        }
+        skip('"');
+    }
+
+    void get_comment() {
+        int depth = 0;
+        do {
+            if (text[0] == '(') ++depth;
+            if (text[0] == ')') --depth;
+            const bool escapes = text[0] == '\\' && text.size() > 1 && !in(text[1], WSP);
+            text.remove_prefix(escapes ? 2 : 1);
+        } while (depth > 0 && !text.empty());
+    }
+
+    // Comments and folding white space; whether there was any.
+    bool get_cfws() {
+        const std::size_t before = text.size();
+        while (next_in(CFWS_LEADER)) {
+            if (text[0] == '(')
+                get_comment();
+            else
+                get_fws();
+        }
+        return text.size() != before;
+    }
+
+    bool get_atom() {
         get_cfws();
-        if (text.empty()) return IndexError;
-        if (text[0] != '@') continue;
-        skip();
-        if (const result failure = get_domain()) return failure;
+        if (!get_atext()) return false;
+        get_cfws();
+        return true;
     }
-    if (!next_is(':')) return HeaderParseError;
-    skip();
-    return ok;
-}
 
-address_parser::result address_parser::get_angle_addr() {
-    get_cfws();
-    if (!next_is('<')) return HeaderParseError;
-    skip();
-    if (text.empty()) return IndexError;
-    if (text[0] == '>') {
-        skip();
-        address = "<>";
-        return ok;
+    bool get_dot_atom() {
+        get_cfws();
+        const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
+        if (found.empty() || found.front() == '.' || found.back() == '.' || found.find("..") != found.npos)
+            return false;
+        take(found.size());
+        get_cfws();
+        return true;
     }
-    const std::string_view start = text;
-    result failure = get_addr_spec();
-    if (failure == HeaderParseError) {
-        text = start;
-        failure = get_obs_route();
-        address.clear();   // of the first reading, and of the route
-        if (!failure) failure = get_addr_spec();
+
+    bool get_word() {
+        get_cfws();
+        if (!next_is('"')) return get_atom();
+        get_bare_quoted_string();
+        get_cfws();
+        return true;
     }
-    if (failure) return failure;
-    if (address.empty() || address[0] == '@') address.insert(0, "\"\"");
-    if (next_is('>')) skip();
-    get_cfws();
-    return ok;
-}
+
+    bool get_local_part() {
+        const std::string_view start = text;
+        get_cfws();
+        // Python looks at the first item of nothing when all that is left is a quote.
+        if (text.empty() || text == "\"") return false;
+        if (!get_dot_atom() && !get_word() && ends_phrase()) return false;
+        if (ends_phrase()) return true;
+        text = start;   // what follows is neither: read it all once more, by the obsolete grammar
+        address.clear();
+        get_obs_local_part();
+        return true;
+    }
+
+    // Words, with or without dots between them. White space counts as one space, but not next to a dot, nor between
+    // two backslashes that are out of place.
+    void get_obs_local_part() {
+        for (char before = '.';;) {
+            const bool space = get_cfws();
+            if (ends_phrase()) return;
+            const char next = next_in(".\\") ? text[0] : 'a';   // a: a word
+            if (space && next != '.' && before != '.' && (next == 'a' || before == 'a')) address += ' ';
+            if (next != 'a')
+                take();
+            else if (next_is('"'))
+                get_bare_quoted_string();
+            else
+                get_atext();
+            before = next;
+        }
+    }
+
+    bool get_domain_literal() {
+        take();   // the bracket
+        if (next_in(WSP)) get_fws();
+        get_ptext("[]");
+        if (next_in(WSP)) get_fws();
+        if (!next_is(']')) return false;
+        take();
+        get_cfws();
+        return true;
+    }
+
+    bool get_domain() {
+        get_cfws();
+        if (next_is('[')) return get_domain_literal();
+        if ((!get_dot_atom() && !get_atom()) || next_is('@')) return false;
+        while (next_is('.')) {
+            take();
+            if (!get_atom()) return false;
+        }
+        return true;
+    }
+
+    bool get_obs_route() {
+        while (get_cfws() || skip(',')) {}
+        if (!skip('@') || !get_domain()) return false;
+        while (skip(',')) {
+            get_cfws();
+            if (skip('@') && !get_domain()) return false;
+        }
+        return skip(':');
+    }
+};
 
 bool parse_address(std::string_view arg, std::string& address, std::string_view& rest) {
     address_parser parser(arg);
-    if (lstrip(arg).substr(0, 1) == "<" ? parser.get_angle_addr() : parser.get_addr_spec()) return false;
+    const bool in_brackets = lstrip(arg).substr(0, 1) == "<";
+    if (in_brackets ? !parser.get_angle_addr() : !parser.get_addr_spec()) return false;
     address = std::move(parser.address);
     rest = parser.text;
     return true;

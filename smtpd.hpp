@@ -21,7 +21,6 @@
 #ifndef SMTPD_HPP
 #define SMTPD_HPP
 
-#include <array>
 #include <functional>
 #include <map>
 #include <set>
@@ -142,8 +141,6 @@ struct message_options {
 
   private:
     friend class SMTPChannel;
-    friend class PureProxy;
-    ProxyChannel* proxy_channel() const;   // the channel, when it relays as it goes; or null
     std::weak_ptr<deferred_reply::owed> owed_;
 };
 
@@ -257,7 +254,8 @@ class SMTPChannel : public asynchat::async_chat {
   private:
     friend struct message_options;
     friend struct deferred_reply::owed;
-    virtual ProxyChannel* proxy_channel() { return nullptr; }
+    friend class PureProxy;
+    virtual ProxyChannel* proxy_channel() { return nullptr; }   // this one, when it relays as it goes
     // MAIL and RCPT are right and their values are set.
     virtual void answer_MAIL() { push("250 OK"); }
     virtual void answer_RCPT() { push("250 OK"); }
@@ -370,14 +368,9 @@ struct reply {
 // A message to be sent: a string; its copies share the text.
 struct letter {
     std::shared_ptr<std::string> text;
-    std::string extra{};   // goes in before byte `at` of the text
-    std::size_t at = 0;
-    bool one_more;   // line end at the end: that of a last line, which was half of the end of data
 
-    letter(std::string message, bool one_more_line_end = false)
-        : text(std::make_shared<std::string>(std::move(message))), one_more(one_more_line_end) {}
+    letter(std::string message) : text(std::make_shared<std::string>(std::move(message))) {}
     letter(const char* message) : letter(std::string(message)) {}
-    std::array<std::string_view, 4> parts() const;
     std::size_t size() const;   // bytes with CR LF line ends, before dots are doubled
 };
 
@@ -388,6 +381,13 @@ struct letter {
 //     auto session = std::make_unique<smtpd::SMTP>();
 //     session->connect({"mail.example", 25}, [](const smtpd::reply& greeting) { ... });
 //     if (session->_fileno >= 0) asyncore::socket_map.own(std::move(session));
+//
+// A session ends in one of these ways:
+//
+//     quit()      the command under way is finished, then QUIT is said; a message under way is cut off
+//     abandon()   the same, and no handler is called any more (forget()): its user has no use for it
+//     fail(why)   it can't go on: it closes, and the handler gets -1 and why
+//     close()     at once, without a word to the server; the handler gets -1
 //
 // A session that its map owns may be ended by any handler, its own included: quit() or close(). One that you own must
 // not be destroyed in its own handler or on_close. Destroyed while an answer is awaited, it calls on_close and nothing
@@ -480,6 +480,8 @@ class SMTP : public asynchat::async_chat {
     void say_closed();
     bool stopped() const;
     void send_message();
+    void message_goes_on();
+    void send_recipients(const std::shared_ptr<mailing>& it);
     std::string own_name() const;
 
     timeouts wait_;
@@ -490,10 +492,10 @@ class SMTP : public asynchat::async_chat {
     reply answer_, worst_;
     std::unique_ptr<asynchat::producer> message_;
     std::shared_ptr<const asyncore::clock::time_point> stop_by_;   // of the proxy that it works for
-    enum class awaited { greeting, answer, go_ahead, end };   // what comes next: 220; to a command; 354; to the message
+    // What comes next, by the code that is a yes: to a command that is any below 400.
+    enum class awaited { answer = 0, greeting = 220, end = 250, go_ahead = 354 };
     awaited next_ = awaited::answer;
-    bool gone_out_ = false;   // the message has, to its last dot
-    bool cut_off_ = false;    // or the server has broken it off
+    bool cut_off_ = false;   // the server has broken off the message
     bool quitting_ = false;
     std::size_t accepted_ = 0;       // recipients of this transaction
     std::size_t replies_left_ = 1;   // that the command under way will bring
@@ -596,7 +598,6 @@ class PureProxy : public SMTPServer {
 class ProxyChannel : public SMTPChannel {
   public:
     ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> conn, const asyncore::address& addr);
-    ~ProxyChannel() override;
     std::string class_name() const override { return "smtpd.ProxyChannel"; }
     void smtp_RCPT(argument arg) override;
     void smtp_RSET(argument arg) override;
@@ -607,29 +608,33 @@ class ProxyChannel : public SMTPChannel {
     friend class PureProxy;
     void answer_MAIL() override;
     void answer_RCPT() override;
-    // What one side has been told.
-    struct lane {
-        SMTP* session = nullptr;             // owned by the map
-        bool begun = false;                  // it has accepted MAIL
-        bool utf8 = false;                   // with SMTPUTF8
-        bool stale = false;                  // it may know of a transaction: RSET before the next one
-        std::string mailfrom;                // as it was told
-        std::vector<std::string> accepted;   // recipients that it has accepted, as the client calls them
-    };
     ProxyChannel* proxy_channel() override { return this; }
-    PureProxy& proxy() const;
-    lane& of(PureProxy::side side) { return lanes_[static_cast<std::size_t>(side)]; }
-    void begin(PureProxy::side to, SMTP::handler then);
-    void reset(lane& it, SMTP::handler then);
-    void say_MAIL(PureProxy::side to, SMTP::handler then);
-    void say_RCPT(PureProxy::side to, const deferred_reply& reply);
-    void lose();
-    std::string refusal(PureProxy::side from, const reply& said);
-    void dismiss(lane& it);
     void answer_lost() override;
-    void dismiss_all();
+    // The session with one destination, and what it has been told of the client's transaction.
+    struct transaction {
+        ProxyChannel& channel;
+        const PureProxy::side to;
+        SMTP* session = nullptr;               // owned by the map
+        bool begun = false;                    // it has accepted MAIL
+        bool utf8 = false;                     // with SMTPUTF8
+        bool stale = false;                    // it may know of a transaction: RSET before the next one
+        std::string mailfrom{};                // as it was told
+        std::vector<std::string> accepted{};   // recipients that it has accepted, as the client calls them
 
-    lane lanes_[2];       // by side
+        ~transaction() { abandon(); }
+        PureProxy& proxy() const { return channel.proxy(); }
+        void begin(SMTP::handler then);
+        void reset(const std::function<void()>& then);
+        void say_MAIL(SMTP::handler then);
+        void say_RCPT(SMTP::handler then);
+        std::string refusal(const reply& said);
+        void abandon();
+    };
+    PureProxy& proxy() const;
+    transaction& of(PureProxy::side to) { return transactions_[static_cast<std::size_t>(to)]; }
+    void lose();
+
+    transaction transactions_[2] = {{*this, PureProxy::side::upstream}, {*this, PureProxy::side::lists}};
     bool lost_ = false;   // the last transaction was lost, and there is no new one yet
 };
 
@@ -675,8 +680,8 @@ using server_factory = std::function<std::unique_ptr<SMTPServer>(
 // The classes that -c knows, by name. An object of this type adds one: with main.cpp linked to it, a program
 // that consists of a class and `static smtpd::server_class mine("MyServer", ...)` has the whole command line.
 struct server_class {
-    server_class(const std::string& name, server_factory make);
-    static const std::map<std::string, server_factory>& all();
+    server_class(const std::string& name, server_factory make) { all()[name] = std::move(make); }
+    static std::map<std::string, server_factory>& all();
 };
 
 }   // namespace v1
