@@ -53,6 +53,8 @@ bool succeeds(Act act) noexcept {
     }
 }
 
+bool is_crlf(std::string_view text) { return text.size() > 1 && text[0] == '\r' && text[1] == '\n'; }   // its front
+
 // Below, after Python's part.
 bool is_ascii(std::string_view text);
 bool is_control(char c);
@@ -83,7 +85,7 @@ struct deferred_reply::owed {
     explicit owed(SMTPChannel* who);
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
-    ~owed();
+    ~owed() { settle(std::nullopt); }   // the last that could have answered goes without a word
     void settle(std::optional<std::string_view> reply);
     // A client that can't be answered is not left waiting.
     static void guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept;
@@ -1017,8 +1019,6 @@ ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_t
     no_delay(*conn);   // answers come one by one: none shall wait for another
 }
 
-PureProxy& ProxyChannel::proxy() const { return static_cast<PureProxy&>(*smtp_server); }
-
 void ProxyChannel::close() {
     SMTPChannel::close();
     for (auto& it : transactions_) it.abandon();
@@ -1076,7 +1076,7 @@ void ProxyChannel::transaction::say_RCPT(SMTP::handler then) {
     if (!session) return then({});
     if (!utf8 && !is_ascii(recipient))
         return then(session->has_extn("SMTPUTF8") ? reply{550, "Error: SMTPUTF8 was not declared"} : no_SMTPUTF8);
-    session->rcpt(proxy().address_for(to, recipient), [then](reply answer) {
+    session->rcpt(proxy().address_for(to, recipient), [then = std::move(then)](reply answer) {
         if (answer.code == 251) answer.code = 250;
         then(answer);
     });
@@ -1194,14 +1194,16 @@ struct header {
 
     explicit header(std::string_view message) {
         while (const std::size_t length = line_length(message.substr(end))) {
-            const std::string_view start = message.substr(end, std::min<std::size_t>(length, 7));
-            const std::size_t colon = start.find(':');
-            const std::string name = colon == start.npos ? "" : upper(start.substr(0, colon));
-            hops += name == "X-PEER";
-            from = from || name == "FROM";
-            date = date || name == "DATE";
+            const std::string_view line = message.substr(end, length);
+            const auto is = [line](std::string_view name) {
+                const std::size_t size = name.size();
+                return line.size() >= size && line[size - 1] == ':' && upper(line.substr(0, size)) == name;
+            };
+            hops += is("X-PEER:");
+            from = from || is("FROM:");
+            date = date || is("DATE:");
             end += length;
-            if (end < message.size()) end += message.substr(end, 2) == "\r\n" ? 2 : 1;
+            if (end < message.size()) end += is_crlf(message.substr(end)) ? 2 : 1;
         }
     }
 };
@@ -1305,7 +1307,7 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
     SMTP& it = *session;
     std::vector<std::string> recipients;
     for (const auto& recipient : rcpttos) recipients.push_back(address_for(to, recipient));
-    const auto done = [&it, then = checked(then)](const reply& said, const auto&...) {
+    const auto done = [&it, then = checked(std::move(then))](const reply& said, const auto&...) {
         it.quit();
         then(said);
     };
@@ -1471,9 +1473,6 @@ deferred_reply::owed::owed(SMTPChannel* who) : channel(who) {
     if (owed* former = std::exchange(channel->owed_, this)) former->channel = nullptr;
 }
 
-// When the last that could have answered goes without a word.
-deferred_reply::owed::~owed() { settle(std::nullopt); }
-
 // Nothing, when that has been done, or the client has gone.
 void deferred_reply::owed::settle(std::optional<std::string_view> reply) {
     SMTPChannel* const waiting = std::exchange(channel, nullptr);
@@ -1554,14 +1553,17 @@ class message_producer : public asynchat::producer {
         char* out = piece.get();
         const char* const end = out + size;
         while (!left_.empty() && end - out > 2) {
+            if (is_line_end(left_[0])) {
+                *out++ = '\r', *out++ = '\n';
+                left_.remove_prefix(is_crlf(left_) ? 2 : 1);
+                in_line_ = false;
+                continue;
+            }
             if (!in_line_ && left_[0] == '.') *out++ = '.';
-            const std::size_t length = line_length(left_.substr(0, static_cast<std::size_t>(end - out - 2)));
+            const std::size_t length = line_length(left_.substr(0, static_cast<std::size_t>(end - out)));
             out = std::copy_n(left_.data(), length, out);
             left_.remove_prefix(length);
-            in_line_ = left_.empty() || !is_line_end(left_[0]);
-            if (in_line_) continue;   // it is broken off here
-            left_.remove_prefix(left_.substr(0, 2) == "\r\n" ? 2 : 1);
-            *out++ = '\r', *out++ = '\n';
+            in_line_ = true;
         }
         done_ = left_.empty() && end - out >= 5;
         if (done_ && in_line_) out = std::copy_n("\r\n", 2, out);
@@ -1687,7 +1689,7 @@ void SMTP::handle_connect() {
 }
 
 void SMTP::open(const address& server, handler then) {
-    connect(server, [this, then = checked(then)](const reply& greeting) {
+    connect(server, [this, then = checked(std::move(then))](const reply& greeting) {
         greeting.code == 220 ? ehlo_or_helo_if_needed(then) : then(greeting);
     });
 }
@@ -1709,7 +1711,7 @@ void SMTP::docmd(const std::string& cmd, handler then) {
 }
 
 void SMTP::ehlo(handler then) {
-    docmd(ehlo_msg() + " " + own_name(), [this, then = checked(then)](const reply& answer) {
+    docmd(ehlo_msg() + " " + own_name(), [this, then = checked(std::move(then))](const reply& answer) {
         does_esmtp = answer.code == 250;
         esmtp_features.clear();
         std::size_t end = answer.text.find('\n');
@@ -1724,10 +1726,8 @@ void SMTP::ehlo(handler then) {
     });
 }
 
-void SMTP::helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
-
 void SMTP::ehlo_or_helo_if_needed(handler then) {
-    ehlo([this, then = checked(then)](const reply& answer) {
+    ehlo([this, then = checked(std::move(then))](const reply& answer) {
         if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
         helo(then);
     });
@@ -1749,7 +1749,7 @@ void SMTP::mail(const std::string& sender, const std::vector<std::string>& with,
 }
 
 void SMTP::rcpt(const std::string& recipient, handler then) {
-    docmd("RCPT TO:" + in_brackets(recipient), [this, then = checked(then)](const reply& answer) {
+    docmd("RCPT TO:" + in_brackets(recipient), [this, then = checked(std::move(then))](const reply& answer) {
         if (answer.code == 250 || answer.code == 251) ++accepted_;
         then(answer);
     });
@@ -1775,8 +1775,6 @@ void SMTP::send_message() {
 void SMTP::message_goes_on() {
     if (next_ == awaited::end) due_ = after(producer_fifo.empty() ? wait_.data_termination : wait_.data_block);
 }
-
-void SMTP::rset(handler then) { docmd("RSET", std::move(then)); }
 
 void SMTP::quit() {
     // A message without its last dot is none.
@@ -1902,7 +1900,6 @@ void SMTP::fail(const std::string& why) {
 void SMTP::close() {
     succeeds([this] { async_chat::close(); });   // the descriptor is gone, and who waits has to know
     producer_fifo.clear();
-    due_ = asyncore::clock::time_point::max();
     say_closed();
 }
 
@@ -1953,8 +1950,6 @@ void SMTP::handle_error() {
 asyncore::clock::time_point SMTP::deadline() {
     return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
 }
-
-bool SMTP::stopped() const { return stop_by_ && *stop_by_ <= asyncore::clock::now(); }
 
 void SMTP::handle_timeout() {
     if (stopped()) return fail("the server is shutting down");
@@ -2106,7 +2101,7 @@ void append_unstuffed(std::string& out, std::string_view in) {
         if (size == 8) size = std::min(in.find('\r', 8), in.size());
         to = std::copy_n(in.data(), size, to);
         in.remove_prefix(size);
-        if (in.substr(0, 2) == "\r\n") {
+        if (is_crlf(in)) {
             *to++ = '\n';
             in.remove_prefix(in.substr(2, 1) == "." ? 3 : 2);
         } else if (!in.empty()) {

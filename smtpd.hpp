@@ -425,7 +425,7 @@ class SMTP : public asynchat::async_chat {
     // smtplib.py: SMTP.ehlo
     void ehlo(handler then);
     // smtplib.py: SMTP.helo
-    void helo(handler then);
+    void helo(handler then) { docmd("HELO " + own_name(), std::move(then)); }
     // smtplib.py: SMTP.ehlo_or_helo_if_needed
     virtual void ehlo_or_helo_if_needed(handler then);
     // smtplib.py: SMTP.has_extn
@@ -439,7 +439,7 @@ class SMTP : public asynchat::async_chat {
     // smtplib.py: SMTP.data
     void data(letter msg, handler then);
     // smtplib.py: SMTP.rset
-    void rset(handler then);
+    void rset(handler then) { docmd("RSET", std::move(then)); }
     // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
     void quit();
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
@@ -478,7 +478,7 @@ class SMTP : public asynchat::async_chat {
     void expect(handler then, std::chrono::milliseconds wait);
     void report(reply answer);
     void say_closed();
-    bool stopped() const;
+    bool stopped() const { return stop_by_ && *stop_by_ <= asyncore::clock::now(); }
     void send_message();
     void message_goes_on();
     void send_recipients(const std::shared_ptr<mailing>& it);
@@ -630,7 +630,7 @@ class ProxyChannel : public SMTPChannel {
         std::string refusal(const reply& said);
         void abandon();
     };
-    PureProxy& proxy() const;
+    PureProxy& proxy() const { return static_cast<PureProxy&>(*smtp_server); }
     transaction& of(PureProxy::side to) { return transactions_[static_cast<std::size_t>(to)]; }
     void lose();
 
