@@ -187,7 +187,7 @@ struct part {
         encoding = lower(raw("content-transfer-encoding"));
         id = raw("content-id");
         if (id.size() > 2 && id[0] == '<') id = id.substr(1, id.size() - 2);
-        attachment = lower(disposition[""]) == "attachment" || type.substr(0, 5) != "text/";
+        attachment = lower(disposition[""]) == "attachment" || (type != "text/plain" && type != "text/html");
     }
     std::string raw(const std::string& name) const {   // of the first one; "" when there is none. `name` in lower case
         for (const auto& header : headers)
