@@ -176,7 +176,7 @@ struct part {
             if (!more && !strip(line).empty() && colon == line.npos) break;   // no header: the body begins
             body.remove_prefix(std::min(end + 1, body.size()));
             if (strip(line).empty()) break;
-            if (headers.size() == 1000) continue;
+            if (headers.size() == 200) continue;
             if (!more) headers.emplace_back(strip(line.substr(0, colon)), strip(line.substr(colon + 1)));
             if (more) (headers.back().second += ' ') += strip(line);
         }
@@ -200,7 +200,7 @@ struct part {
     }
     std::string text() const { return to_utf8(content(), charset); }
 
-    // What there is when multiparts are opened: at most 1000, from at most 20 multiparts one in another.
+    // What there is when multiparts are opened: at most 200, from at most 20 multiparts one in another.
     std::vector<part> leaves() const {
         std::vector<part> result;
         return add_leaves(result, 0), result;
@@ -208,12 +208,12 @@ struct part {
 
   private:
     void add_leaves(std::vector<part>& result, int depth) const {
-        if (result.size() >= 1000) return;
+        if (result.size() >= 200) return;
         if (type.substr(0, 10) != "multipart/" || boundary.empty() || boundary.size() > 200 || depth == 20)
             return result.push_back(*this);
         const std::string mark = "--" + boundary;
         std::size_t start = body.npos;   // of the piece that has begun
-        for (std::size_t at = 0; at < body.size() && result.size() < 1000;) {
+        for (std::size_t at = 0; at < body.size() && result.size() < 200;) {
             const auto end = std::min(body.find('\n', at), body.size());
             const auto line = body.substr(at, end - at);
             const auto rest = line.substr(0, mark.size()) == mark ? strip(line.substr(mark.size())) : "no mark";
