@@ -173,7 +173,8 @@ body { background: url(http://evil.example/background.png); font-family: x }</st
 <img src="x" onerror="parent.document.title='owned'; fetch('/messages', {method: 'DELETE'}); new Image().src='http://evil.example/onerror'">
 <svg onload="parent.document.title='owned'"><image href="http://evil.example/svg.png"/></svg>
 <iframe src="http://evil.example/frame"></iframe><iframe srcdoc="<script>top.document.title='owned'</script>"></iframe>
-<object data="http://evil.example/object"></object><embed src="http://evil.example/embed"><video src="http://evil.example/video"
+<iframe srcdoc="&lt;link rel=preconnect href=http://evil.example>&lt;img src=http://evil.example/srcdoc.png>"></iframe>
+<LINK REL="preconnect" HREF="//evil.example"><object data="http://evil.example/object"></object><embed src="http://evil.example/embed"><video src="http://evil.example/video"
 poster="http://evil.example/poster" autoplay></video><audio src="http://evil.example/audio" autoplay></audio>
 <input type="image" src="http://evil.example/input.png"><table background="http://evil.example/table.png"><tr><td>x</td></tr></table>
 <a id="script" href="javascript:top.document.title='owned'">script</a><a id="top" target="_top" href="http://evil.example/target">top</a>
@@ -191,7 +192,7 @@ def test_http(inbox):
     check(mail['subject'] == 'Grüße aus Köln – Ihre Bestellung №\u00a042 ☕', 'the subject: %r' % mail['subject'])
     check(mail['from'] == 'Café Müller <info@cafe.example>' and mail['mailfrom'] == 'me@example.com' and mail['html'] is True and
           mail['rcpttos'] == ['you@example.com', 'they@example.com'], 'sender and recipients: %s' % mail)
-    check(abs(mail['time'] / 1000 - time.time()) < 60, 'its time')
+    check(abs(mail['time'] - time.time()) < 60, 'its time')
     check([(it['type'], it['name'], it['size']) for it in mail['parts']] ==
           [('image/png', '', len(PICTURE)), ('application/pdf', 'Rechnung Nº 42 "für Sie".pdf', 9 + 256 * 40),
            ('text/csv', 'positions.csv', 8)], 'its attachments: %s' % mail['parts'])
@@ -216,8 +217,6 @@ def test_http(inbox):
         status = inbox.curl(path)[0] if path[0] == '/' else int(inbox.raw(
             b'GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n' % (path.encode(), inbox.web)).split()[1])
         check(status == 404, 'there is no %s: %s' % (path, status))
-    status, fields, body = inbox.curl('/messages', '-I')
-    check(status == 200 and int(fields['content-length']) > 100 and body == b'', 'HEAD')
 
     # The answer that waits.
     begin = time.monotonic()
@@ -248,9 +247,9 @@ def test_http(inbox):
         check(inbox.curl('/messages', '-X', 'DELETE', '-H', field)[0] == 403, 'nothing is deleted for ' + field)
         check(inbox.curl('/messages', '-H', field)[0] == 403, 'nothing is told for ' + field)
     check(inbox.curl('/', '-H', 'Sec-Fetch-Site: cross-site')[0] == 200, 'a link leads to the page')
-    for method in ('POST', 'PUT', 'OPTIONS', 'TRACE', 'NONSENSE'):
-        status, fields, _ = inbox.curl('/messages/1', '-X', method)
-        check(status == 405 and fields['allow'] == 'GET, HEAD, DELETE' and 'access-control-allow-origin' not in fields,
+    for method in ('POST', 'PUT', 'HEAD', 'OPTIONS', 'TRACE', 'NONSENSE'):
+        status, fields, _ = inbox.curl('/messages/1', *(('-I',) if method == 'HEAD' else ('-X', method)))
+        check(status == 405 and fields['allow'] == 'GET, DELETE' and 'access-control-allow-origin' not in fields,
               '%s is none of its methods: %s' % (method, status))
     check(len(inbox.list()['messages']) == 2, 'and all is still there')
     host = b'Host: 127.0.0.1:%d\r\n' % port
@@ -390,7 +389,7 @@ def test_page(inbox, page, tracker, pictures):
     nasty.add_alternative(NASTY, subtype='html')
     with tempfile.TemporaryDirectory() as folder:
         plain = pathlib.Path(folder) / 'nasty.html'
-        plain.write_text(NASTY.replace('http-equiv="refresh"', ''))
+        plain.write_text(NASTY.replace('http-equiv="refresh"', '').replace('top.location', 'let unused'))
         page.open(plain.as_uri())
         soon('without protection it would load a lot', lambda: len(set(tracker.seen)) > 10)
         soon('and run', lambda: '/onerror' in tracker.seen and '/onload' in tracker.seen)
