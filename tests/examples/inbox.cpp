@@ -42,12 +42,20 @@ struct Mail {
         for (const auto& it : rcpttos) to += (to.empty() ? "" : ",") + json(it);
         for (const auto& it : parts) {
             if (!it.attachment) (it.type == "text/html" ? html : text) += it.text();
-            if (!it.attachment) continue;
-            files += (files.empty() ? "{\"part\":" : ",{\"part\":") + std::to_string(&it - parts.data());
-            files += ",\"type\":" + json(it.type) + ",\"name\":" + json(it.filename) +
-                     ",\"size\":" + std::to_string(it.content().size()) + "}";
+            if (it.attachment)
+                files += (files.empty() ? "{\"part\":" : ",{\"part\":") + std::to_string(&it - parts.data()) +
+                         ",\"type\":" + json(it.type) + ",\"name\":" + json(it.filename) +
+                         ",\"size\":" + std::to_string(it.content().size()) + "}";
         }
-        show_pictures();
+        // A picture that came with the message is put in where it says "cid:NAME".
+        for (const auto& it : parts) {
+            const auto at = it.id.empty() || it.encoding != "base64" ? html.npos : html.find("cid:" + it.id);
+            if (at != html.npos) html.replace(at, it.id.size() + 4, "data:image/png;base64," + mime::to_utf8(it.body));
+        }
+        // A link element connects, whatever the policy says, even from a frame within the page: there is none.
+        for (std::size_t at = 0; (at = html.find('<', at)) != html.npos; ++at)
+            if (const auto tag = mime::lower(html.substr(at + 1, 6)); tag == "iframe" || tag.substr(0, 4) == "link")
+                html[at + 1] = 'x';
         summary = "{\"id\":" + std::to_string(id) + ",\"time\":" + std::to_string(std::time(nullptr));
         for (const std::string name : {"subject", "from", "to"})
             summary += ",\"" + name + "\":" + json(mime::part(data).header(name).substr(0, 1000));
@@ -57,21 +65,7 @@ struct Mail {
     }
     Mail(const Mail&) = delete;
     std::size_t size() const { return data.size() + html.size() + text.size(); }
-    // A picture that came with the message is put in where it says "cid:NAME". What no policy stops is taken out: a
-    // link element connects, even from a frame of the page's own.
-    void show_pictures() {
-        for (const auto& it : parts) {
-            const auto at = it.id.empty() || it.encoding != "base64" ? html.npos : html.find("cid:" + it.id);
-            if (at != html.npos) html.replace(at, it.id.size() + 4, "data:image/png;base64," + mime::to_utf8(it.body));
-        }
-        for (std::size_t at = 0; (at = html.find('<', at)) != html.npos; ++at) {
-            const auto tag = mime::lower(html.substr(at + 1, 6));
-            if (tag == "iframe" || tag.substr(0, 4) == "link") html[at + 1] = 'x';
-        }
-    }
 };
-
-class HTTPChannel;
 
 // The mail, and the server that takes it.
 struct Inbox : smtpd::SMTPServer {
@@ -79,7 +73,7 @@ struct Inbox : smtpd::SMTPServer {
     std::size_t keep = 100, bytes = 0;
     std::list<Mail> mails;
     std::int64_t last_id = 0, version = std::time(nullptr) * 1000;   // another start has others
-    std::list<HTTPChannel*> waiting;                                 // for another version
+    std::list<class HTTPChannel*> waiting;                           // for another version
 
     ~Inbox() override { asyncore::close_all(_map, true); }   // while that is there which the others look at
     std::optional<std::string> process_message(const asyncore::address&, const std::string& mailfrom,
@@ -97,16 +91,14 @@ struct Inbox : smtpd::SMTPServer {
 // A browser's connection. A request is what stands before its empty line: none has a body.
 class HTTPChannel : public asynchat::async_chat {
     Inbox& inbox_;
-    std::string method_;
     bool last_ = false;   // no other request follows
-    asyncore::clock::time_point due_;
+    asyncore::clock::time_point due_ = asyncore::clock::now() + std::chrono::seconds(30);
 
   public:
     HTTPChannel(std::unique_ptr<asyncore::socket_type> sock, Inbox& of)
         : async_chat(std::move(sock), of._map), inbox_(of) {
         set_terminator("\r\n\r\n");
         ac_out_queue_limit = 1;   // the next request is read when this one's answer is sent
-        wait(30);
     }
     void wait(int seconds) { due_ = asyncore::clock::now() + std::chrono::seconds(seconds); }
     void close() override { inbox_.waiting.remove(this), async_chat::close(); }
@@ -123,13 +115,14 @@ class HTTPChannel : public asynchat::async_chat {
     void found_terminator() override {
         if (input_over()) return;
         std::istringstream lines(_get_data());
-        std::string line, target, protocol;
+        std::string line, method, target, protocol;
         std::map<std::string, std::string> fields;
         std::getline(lines, line);
-        std::istringstream(line) >> method_ >> target >> protocol;
+        std::istringstream(line) >> method >> target >> protocol;
         while (std::getline(lines, line)) {
             auto& field = fields[mime::lower(line.substr(0, line.find(':')))];
-            (field += field.empty() ? "" : ", ") += mime::strip((line + ":").substr(line.find(':') + 1));
+            (field += field.empty() ? "" : ", ") +=
+                mime::strip(line.substr(std::min(line.find(':'), line.size() - 1) + 1));
         }
         last_ = protocol != "HTTP/1.1" || mime::lower(fields["connection"]) == "close";
         // No page but ours may drive this. A name that another's DNS leads here stands in Host; a page of another site
@@ -142,16 +135,16 @@ class HTTPChannel : public asynchat::async_chat {
         if (site != "" && site != "same-origin" && site != "none" && target != "/") return fail("403 Forbidden");
         if (fields["transfer-encoding"] != "" || fields["content-length"].find_first_not_of('0') != line.npos)
             return fail("413 Content Too Large");
-        if (method_ != "GET" && method_ != "DELETE") return fail("405 Method Not Allowed", "Allow: GET, DELETE\r\n");
-        answer_request(target);
+        if (method != "GET" && method != "DELETE") return fail("405 Method Not Allowed", "Allow: GET, DELETE\r\n");
+        answer_request(target, method == "DELETE");
     }
-    void answer_request(const std::string& target) {
+    void answer_request(const std::string& target, bool remove) {
         std::istringstream path(target.substr(0, target.find('?')));
         std::string root, top, id, what, part;
         for (std::string* it : {&root, &top, &id, &what, &part}) std::getline(path, *it, '/');
         auto mail = inbox_.mails.begin();
         while (mail != inbox_.mails.end() && std::to_string(mail->id) != id) ++mail;
-        const bool remove = method_ == "DELETE", all = id == "", found = mail != inbox_.mails.end();
+        const bool all = id == "", found = mail != inbox_.mails.end();
         const auto n = static_cast<std::size_t>(std::atoi(part.c_str()));
         if (target == "/") return answer("text/html", page, "", ours);
         if (target == "/inbox.css") return answer("text/css", style);
@@ -180,12 +173,12 @@ class HTTPChannel : public asynchat::async_chat {
         answer("application/json", "{\"version\":" + std::to_string(inbox_.version) + ",\"messages\":[" + list + "]}");
     }
     void fail(const std::string& status, const std::string& more = "") {
-        last_ = true;
-        answer("text/plain", status + "\n", more, nothing, status);
+        answer("text/plain", status, more, nothing, status);
     }
     void answer(const std::string& type, const std::string& body, const std::string& more = "",
                 const std::string& policy = nothing + "sandbox", const std::string& status = "200 OK") {
         wait(30);
+        last_ = last_ || &policy == &nothing;
         push("HTTP/1.1 " + status + "\r\nContent-Type: " + type +
              "; charset=utf-8\r\nContent-Length: " + std::to_string(body.size()) +
              (last_ ? "\r\nConnection: close" : "") + "\r\nContent-Security-Policy: " + policy + "\r\n" + more +
@@ -215,8 +208,8 @@ int main(int argc, char** argv) {
     Inbox inbox({"127.0.0.1", argc > 1 ? std::atoi(argv[1]) : 1025}, {});
     if (argc > 3) inbox.keep = std::max<std::size_t>(1, std::strtoul(argv[3], nullptr, 10));
     HTTPServer server({"127.0.0.1", argc > 2 ? std::atoi(argv[2]) : 8025}, inbox);
-    const auto where = server.socket->getsockname().str();
-    std::cout << "mail to " << inbox.socket->getsockname().str() << ", look at http://" << where << '/' << std::endl;
+    std::cout << "mail to " + inbox.socket->getsockname().str() << ", look at http://"
+              << server.socket->getsockname().str() << '/' << std::endl;
     asyncore::loop();
 }
 
@@ -234,15 +227,14 @@ rx='2' fill='%23b3472b'/><path d='m2 5 6 4 6-4' fill='none' stroke='white'/></sv
   --ink: light-dark(#24211d, #dedad2); --soft: light-dark(#6f695f, #98938a); --line: light-dark(#e4dfd5, #303337);
   --pick: light-dark(#f1e6dc, #33291f); --accent: light-dark(#b3472b, #e88a6a);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; margin: 0; overflow-wrap: anywhere; }
 [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
-body { margin: 0; height: 100vh; display: grid; grid-template-columns: minmax(290px, 370px) minmax(0, 1fr);
-  background: var(--paper); color: var(--ink); }
+body { height: 100vh; display: grid; grid-template-columns: minmax(290px, 370px) minmax(0, 1fr); background: var(--paper);
+  color: var(--ink); }
 aside, main { display: flex; flex-direction: column; min-height: 0; }
 header, .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: baseline; padding-bottom: 12px; }
 header, section { padding: 18px 20px 12px; }
-h1, h2, dl, dd { margin: 0; overflow-wrap: anywhere; }
 h1 { font-size: 21px; }
 h2 { font-size: 23px; line-height: 1.25; padding-bottom: 10px; max-height: 5em; overflow: auto; flex-shrink: 0; }
 button, .button { font: inherit; font-size: 13px; color: inherit; background: none; border: 1px solid var(--line);
@@ -260,23 +252,20 @@ nav small:last-child { grid-column: 1 / 3; }
 nav a:not(.open):hover { background: var(--sheet); }
 @keyframes came { from { background: var(--pick); } }
 main { background: var(--sheet); border-left: 1px solid var(--line); padding: 22px 32px 24px; }
-main > p { margin: auto; font-size: 15px; }
+main > p { margin: auto; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 14px; padding-bottom: 14px; font-size: 14px; overflow: auto; }
-#body { flex: 1 0 50%; overflow: auto; margin: 0; padding-top: 14px; border-top: 1px solid var(--line); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, Menlo, "Liberation Mono", monospace; }
-iframe#body { padding: 0; border: 1px solid var(--line); border-radius: 8px; background: #fff; color-scheme: light; }
+pre { white-space: pre-wrap; font: 13px/1.5 ui-monospace, Menlo, "Liberation Mono", monospace; padding: 14px 0; }
+#body { flex: 1 0 50%; overflow: auto; border: solid var(--line); border-width: 1px 0 0; }
+iframe#body { border-width: 1px; border-radius: 8px; background: #fff; color-scheme: light; }
 @media (min-width: 761px) { #back { display: none; } }
 @media (max-width: 760px) { body { display: block; } aside, main { height: 100vh; } main { padding: 16px; border: 0; }
   body:not(.reading) main, .reading aside { display: none; } h2 { font-size: 19px; } })~",
                   *const script = R"~(
 const $ = id => document.getElementById(id), read = new Set(), rows = new Map();
-const make = (tag, props, ...inside) => {
-  const it = Object.assign(document.createElement(tag), props);
-  return it.append(...inside), it;
-};
+const fill = (it, ...inside) => (it.append(...inside), it);
+const make = (tag, props, ...inside) => fill(Object.assign(document.createElement(tag), props), ...inside);
 const size = n => n < 1000 ? n + ' bytes' : n < 1e6 ? (n / 1e3).toFixed(1) + ' kB' : (n / 1e6).toFixed(1) + ' MB';
 let version = 0, mails = [], open = 0;
-
 function row(mail) {
   const time = new Date(mail.time * 1000), today = time.toDateString() === new Date().toDateString();
   const it = rows.get(mail.id) || make('a', { href: '#' + mail.id },
@@ -285,16 +274,16 @@ function row(mail) {
     make('i', {}, mail.subject || '(no subject)'), make('small', {}, mail.parts.length ? '+ ' + mail.parts.length : ''),
     make('small', {}, mail.preview || '\u00a0'));
   it.className = (mail.id === open ? 'open ' : '') + (read.has(mail.id) ? '' : 'new');
-  rows.set(mail.id, it);   // the same one the next time, so that only what comes is lit
+  rows.set(mail.id, it);   // it is the same one the next time, so that only what comes is lit
   return it;
 }
 function draw() {
-  $('list').replaceChildren(...mails.map(row));
   const unread = mails.filter(mail => !read.has(mail.id)).length;
   document.title = (unread ? '(' + unread + ') ' : '') + 'Inbox';
+  $('list').replaceChildren(...mails.map(row));
   $('state').textContent = ['', '1 message'][mails.length] ?? mails.length + ' messages';
   $('clear').hidden = !mails.length;
-  $('empty').hidden = mails.length > 0;
+  $('empty').hidden = !$('clear').hidden;
 }
 function show() {
   open = Number(location.hash.slice(1));
@@ -307,9 +296,9 @@ function show() {
     .map(name => make('button', { onclick: () => view(name) }, name));
   async function view(name) {
     tabs.forEach(tab => tab.setAttribute('aria-pressed', tab.textContent === name));
-    const text = name === 'HTML' ? '' : await (await fetch(url + name.toLowerCase())).text();
-    $('body').replaceWith(text || name !== 'HTML' ? make('pre', { id: 'body', tabIndex: 0 }, text.slice(0, 1e6)) :
-      make('iframe', { id: 'body', src: url + 'html', sandbox: 'allow-popups allow-popups-to-escape-sandbox' }));
+    $('body').replaceWith(name === 'HTML' ?
+      make('iframe', { id: 'body', src: url + 'html', sandbox: 'allow-popups allow-popups-to-escape-sandbox' }) :
+      make('pre', { id: 'body', tabIndex: 0 }, (await (await fetch(url + name.toLowerCase())).text()).slice(0, 1e6)));
   }
   const facts = { From: mail.from, To: mail.to, Envelope: mail.mailfrom + ' \u2192 ' + mail.rcpttos.join(', '),
     Received: new Date(mail.time * 1000).toLocaleString() + ', ' + size(mail.size) };
@@ -328,19 +317,20 @@ async function remove(id) {
   location.hash = next && innerWidth > 760 ? next.id : '';
 }
 async function watch() {
-  const answer = await (await fetch('/messages?not=' + version)).json(), before = version;
-  mails = answer.messages.reverse();
-  version = answer.version;
-  if (version !== before) before && mails.some(mail => mail.id === open) ? draw() : show();
-  // A browser has six connections for all its pages: those that are out of sight need none.
-  if (document.hidden) await new Promise(then => document.addEventListener('visibilitychange', then, { once: true }));
-}
-function lost() {
-  $('state').textContent = 'The server is gone.';
-  version = 0;
-  return new Promise(then => setTimeout(then, 1000));
+  try {
+    const answer = await (await fetch('/messages?not=' + version)).json(), before = version;
+    mails = answer.messages.reverse();
+    version = answer.version;
+    if (version !== before) before && mails.some(mail => mail.id === open) ? draw() : show();
+    // A browser has six connections for all its pages: those that are out of sight need none.
+    if (document.hidden) await new Promise(then => document.addEventListener('visibilitychange', then, { once: true }));
+  } catch (error) {
+    $('state').textContent = 'The server is gone.';
+    await new Promise(then => setTimeout(then, 1000, version = 0));
+  }
+  watch();
 }
 onhashchange = show;
 $('clear').onclick = () => confirm('Delete all messages?') && fetch('/messages', { method: 'DELETE' });
-(async () => { for (;;) await watch().catch(lost); })();
+watch();
 )~";
