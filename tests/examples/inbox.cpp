@@ -248,6 +248,7 @@ nav a { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0 10px; 
   border-left: 3px solid transparent; box-shadow: 0 -1px var(--line); text-decoration: none; animation: came 1.5s; }
 nav a > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 400; font-style: normal; }
 nav .new b, nav .new i { font-weight: 650; }
+nav i + small { text-align: right; }
 nav small:last-child { grid-column: 1 / 3; }
 nav a:not(.open):hover { background: var(--sheet); }
 @keyframes came { from { background: var(--pick); } }
