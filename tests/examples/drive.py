@@ -506,7 +506,7 @@ def deferred(path):
 
 def readable(path):
     part = email.message.EmailMessage()
-    part['Subject'], part['From'], part['X-Bad'] = 'Grüße\u009b31m – ☕', 'Ann <ann@example.com>', '=?utf-8?q?a=0D=0AEvil=3A_1=1B=5B2J?='
+    part['Subject'], part['From'] = 'Grüße\u009b31m – ☕', 'Ann <ann@example.com>'
     part.set_content('Käse = gut, \x1b[31mrot\x1b[0m\n' + 'x' * 100 + '\n')
     part.add_alternative('<b>Käse</b>', subtype='html')
     part.add_attachment(b'%PDF' * 1000, maintype='application', subtype='pdf', filename='Übersicht\x1b.pdf')
@@ -515,10 +515,10 @@ def readable(path):
     html['Subject'] = 'only HTML'
     html.set_content('<p>Schön</p>', subtype='html', cte='base64')
     with Program(path, 0) as program:
-        program.send(part.as_bytes())
+        program.send(b'X-Bad: =?utf-8?q?a=0D=0AEvil=3A_1=1B=5B2J?=\n' + part.as_bytes())
         told = program.read_until(b'END MESSAGE ------------\n').decode()
-        for text in ('\nSubject: Grüße\\xc2\\x9b31m – ☕\n', '\nFrom: Ann <ann@example.com>\n', '\nX-Bad: a  Evil: 1\\x1b[2J\n',
-                     'X-Peer: 127.0.0.1\n\nKäse = gut, \\x1b[31mrot\\x1b[0m\n' + 'x' * 100 + '\n', '\n[attachment text/html, 12 bytes]\n',
+        for text in ('\nSubject: Grüße\\xc2\\x9b31m – ☕\n', '\nFrom: Ann <ann@example.com>\n', 'X-Bad: a  Evil: 1\\x1b[2J\n',
+                     'X-Peer: 127.0.0.1\n\nKäse = gut, \\x1b[31mrot\\x1b[0m\n' + 'x' * 100 + '\n', '\n[attachment text/html, 13 bytes]\n',
                      '\n[attachment Übersicht\\x1b.pdf, application/pdf, 4000 bytes]\n', '\n[attachment image/png, 3 bytes]\n'):
             assert text in told, '%r is not in %s' % (text, told)
         assert '\x1b' not in told and '\x9b' not in told and '=?' not in told, told

@@ -404,14 +404,13 @@ def test_page(inbox, page, tracker, pictures):
     soon('it opens', lambda: page.run("return !!document.querySelector('iframe#body')") and
          inside(page, "return document.querySelector('h1').textContent") == 'Nasty')
     picture('nasty')
+    time.sleep(1)
+    check(not tracker.seen, 'nothing is loaded from outside: %s' % tracker.seen)
     before = page.run("return [location.href, history.length]")
     for link in ('#script', '#top', '#submit'):
         frame = page.call('POST', '/element', {'using': 'css selector', 'value': 'iframe#body'})
         page.call('POST', '/frame', {'id': frame})
-        try:
-            page.click(link)
-        except RuntimeError as error:
-            print('note: %s: %s' % (link, str(error)[:200]))
+        page.click(link)
         page.call('POST', '/frame', {'id': None})
     time.sleep(1)
     handles = page.call('GET', '/window/handles')
@@ -419,12 +418,14 @@ def test_page(inbox, page, tracker, pictures):
         page.call('POST', '/window', {'handle': handle})
         page.call('DELETE', '/window')
     page.call('POST', '/window', {'handle': handles[0]})
-    check(not tracker.seen, 'nothing is loaded from outside: %s' % tracker.seen)
-    check(page.run("return document.title") == '(4) Inbox' and page.run("return [location.href, history.length]") == before,
+    # The browser may connect when a link is pressed, before it is found that the link may lead nowhere.
+    check(set(tracker.seen) <= {'a connection'}, 'clicks load nothing in here: %s' % tracker.seen)
+    check(page.run("return document.title") == '(1) Inbox' and page.run("return [location.href, history.length]") == before,
           'nothing has run: %s' % page.run("return document.title"))
     check(len(inbox.list()['messages']) == 5, 'nothing is deleted')
     wrong = [it for it in page.console() if not re.search(r'Content Security Policy|sandbox|Not allowed to (load|navigate)|permissions', it['message'])]
     check(not wrong, 'the console tells of what was blocked, and of nothing else: %s' % wrong)
+    tracker.seen.clear()
     page.open(inbox.url + 'messages/5/html')
     check(page.run("return [document.title, self.origin]") == ['x', 'null'], 'the same when it is opened by itself')
     time.sleep(0.5)
