@@ -140,8 +140,8 @@ class HTTPChannel : public asynchat::async_chat {
     }
     void answer_request(const std::string& target, bool remove) {
         std::istringstream path(target.substr(0, target.find('?')));
-        std::string root, top, id, what, part;
-        for (std::string* it : {&root, &top, &id, &what, &part}) std::getline(path, *it, '/');
+        std::string top, id, what, part;
+        for (std::string* it : {&top, &top, &id, &what, &part}) std::getline(path, *it, '/');
         auto mail = inbox_.mails.begin();
         while (mail != inbox_.mails.end() && std::to_string(mail->id) != id) ++mail;
         const bool all = id == "", found = mail != inbox_.mails.end();
@@ -227,33 +227,27 @@ rx='2' fill='%23b3472b'/><path d='m2 5 6 4 6-4' fill='none' stroke='white'/></sv
   --ink: light-dark(#24211d, #dedad2); --soft: light-dark(#6f695f, #98938a); --line: light-dark(#e4dfd5, #303337);
   --pick: light-dark(#f1e6dc, #33291f); --accent: light-dark(#b3472b, #e88a6a);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
-* { box-sizing: border-box; margin: 0; overflow-wrap: anywhere; }
-[hidden] { display: none !important; }
+* { box-sizing: border-box; margin: 0; overflow-wrap: anywhere; } [hidden] { display: none !important; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 body { height: 100vh; display: grid; grid-template-columns: minmax(290px, 370px) minmax(0, 1fr); background: var(--paper);
   color: var(--ink); }
 aside, main { display: flex; flex-direction: column; min-height: 0; }
 header, .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: baseline; padding-bottom: 12px; }
 header, section { padding: 18px 20px 12px; }
-h1 { font-size: 21px; }
+h1 { font-size: 21px; } main > p { margin: auto; } nav { overflow: auto; } #state, #gap { flex: 1; }
 h2 { font-size: 23px; line-height: 1.25; padding-bottom: 10px; max-height: 5em; overflow: auto; flex-shrink: 0; }
 button, .button { font: inherit; font-size: 13px; color: inherit; background: none; border: 1px solid var(--line);
   border-radius: 7px; padding: 4px 11px; cursor: pointer; text-decoration: none; }
 button:hover, .button:hover { border-color: var(--soft); }
 [aria-pressed=true], nav a.open { background: var(--pick); border-color: var(--accent) !important; }
-#state, #gap { flex: 1; }
 #state, small, time, p, dt { color: var(--soft); font-size: 13px; }
-nav { overflow: auto; }
 nav a { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0 10px; padding: 11px 20px 11px 17px; color: inherit;
   border-left: 3px solid transparent; box-shadow: 0 -1px var(--line); text-decoration: none; animation: came 1.5s; }
 nav a > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 400; font-style: normal; }
 nav .new b, nav .new i { font-weight: 650; }
-nav i + small { text-align: right; }
-nav small:last-child { grid-column: 1 / 3; }
-nav a:not(.open):hover { background: var(--sheet); }
-@keyframes came { from { background: var(--pick); } }
+nav i + small { text-align: right; } nav small:last-child { grid-column: 1 / 3; }
+nav a:not(.open):hover { background: var(--sheet); } @keyframes came { from { background: var(--pick); } }
 main { background: var(--sheet); border-left: 1px solid var(--line); padding: 22px 32px 24px; }
-main > p { margin: auto; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 14px; padding-bottom: 14px; font-size: 14px; overflow: auto; }
 pre { white-space: pre-wrap; font: 13px/1.5 ui-monospace, Menlo, "Liberation Mono", monospace; padding: 14px 0; }
 #body { flex: 1 0 50%; overflow: auto; border: solid var(--line); border-width: 1px 0 0; }
@@ -263,8 +257,7 @@ iframe#body { border-width: 1px; border-radius: 8px; background: #fff; color-sch
   body:not(.reading) main, .reading aside { display: none; } h2 { font-size: 19px; } })~",
                   *const script = R"~(
 const $ = id => document.getElementById(id), read = new Set(), rows = new Map();
-const fill = (it, ...inside) => (it.append(...inside), it);
-const make = (tag, props, ...inside) => fill(Object.assign(document.createElement(tag), props), ...inside);
+const make = (tag, props, ...inside) => (it => (it.append(...inside), Object.assign(it, props)))(document.createElement(tag));
 const size = n => n < 1000 ? n + ' bytes' : n < 1e6 ? (n / 1e3).toFixed(1) + ' kB' : (n / 1e6).toFixed(1) + ' MB';
 let version = 0, mails = [], open = 0;
 function row(mail) {
@@ -275,16 +268,14 @@ function row(mail) {
     make('i', {}, mail.subject || '(no subject)'), make('small', {}, mail.parts.length ? '+ ' + mail.parts.length : ''),
     make('small', {}, mail.preview || '\u00a0'));
   it.className = (mail.id === open ? 'open ' : '') + (read.has(mail.id) ? '' : 'new');
-  rows.set(mail.id, it);   // it is the same one the next time, so that only what comes is lit
-  return it;
+  return rows.set(mail.id, it), it;   // the same one the next time, so that only what comes is lit
 }
 function draw() {
   const unread = mails.filter(mail => !read.has(mail.id)).length;
   document.title = (unread ? '(' + unread + ') ' : '') + 'Inbox';
   $('list').replaceChildren(...mails.map(row));
   $('state').textContent = ['', '1 message'][mails.length] ?? mails.length + ' messages';
-  $('clear').hidden = !mails.length;
-  $('empty').hidden = !$('clear').hidden;
+  $('empty').hidden = !($('clear').hidden = !mails.length);
 }
 function show() {
   open = Number(location.hash.slice(1));
@@ -320,8 +311,7 @@ async function remove(id) {
 async function watch() {
   try {
     const answer = await (await fetch('/messages?not=' + version)).json(), before = version;
-    mails = answer.messages.reverse();
-    version = answer.version;
+    [mails, version] = [answer.messages.reverse(), answer.version];
     if (version !== before) before && mails.some(mail => mail.id === open) ? draw() : show();
     // A browser has six connections for all its pages: those that are out of sight need none.
     if (document.hidden) await new Promise(then => document.addEventListener('visibilitychange', then, { once: true }));

@@ -287,7 +287,8 @@ def test_limits(program):
         colons = b':\n' * 1000000 + b'\n'
         pictures = (b'Content-Type: multipart/related; boundary=b\n\n--b\nContent-Type: text/html\n\n' + b'<img src="cid:a">' * 20000 +
                     b'\n--b\nContent-Type: image/png\nContent-ID: <a>\nContent-Transfer-Encoding: base64\n\n' + b'A' * 1000000 + b'\n--b--\n')
-        for what, data in (('bytes', bytes(range(256)) * 50), ('deep', deep), ('many', many), ('words', words), ('colons', colons),
+        spaces = b'Content-Transfer-Encoding: quoted-printable\n\n' + (b' ' * 1000000 + b'= ') * 5
+        for what, data in (('spaces', spaces), ('bytes', bytes(range(256)) * 50), ('deep', deep), ('many', many), ('words', words), ('colons', colons),
                            ('pictures', pictures)):
             begin = time.monotonic()
             inbox.send(data.replace(b'\r', b'').replace(b'\n', b'\r\n'))

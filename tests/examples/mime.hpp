@@ -26,10 +26,6 @@ inline std::string_view strip(std::string_view text) {
     const auto first = std::min(text.find_first_not_of(" \t\r\n"), text.size());
     return text.substr(first, text.find_last_not_of(" \t\r\n") + 1 - first);
 }
-inline int hex(char c) {
-    const auto at = std::string_view("0123456789abcdefABCDEF").find(c);
-    return at == std::string_view::npos ? -1 : static_cast<int>(at < 16 ? at : at - 6);
-}
 
 // Bytes of the character that the text begins with; 0 when that is not UTF-8.
 inline std::size_t utf8_length(std::string_view text) {
@@ -83,21 +79,18 @@ inline std::string base64(std::string_view text) {
 
 // With `escape` '=': quoted-printable; '%' as in RFC 2231. What is no escape stays as it is.
 inline std::string unquote(std::string_view text, char escape = '=') {
+    static const std::string digits = "0123456789ABCDEF0123456789abcdef";
     std::string to;
-    std::size_t meant = 0;   // up to here no white space came on the way
     for (std::size_t i = 0; i < text.size(); ++i) {
+        const auto high = i + 2 < text.size() ? digits.find(text[i + 1]) : digits.npos;
+        const auto low = high != digits.npos ? digits.find(text[i + 2]) : digits.npos;
+        const auto end = text[i] == escape ? std::min(text.find_first_not_of(" \t\r", i + 1), text.size()) : i;
         if (text[i] != escape) {
-            if (text[i] == '\n' && escape == '=') to.erase(std::max(meant, to.find_last_not_of(" \t\r") + 1));
             to += text[i];
-            continue;
-        }
-        const auto end = std::min(text.find_first_not_of(" \t\r", i + 1), text.size());
-        if (escape == '=' && (end == text.size() || text[end] == '\n')) {
+        } else if (low != digits.npos) {
+            to += static_cast<char>(high % 16 * 16 + low % 16), i += 2;
+        } else if (escape == '=' && (end == text.size() || text[end] == '\n')) {
             i = end;   // a soft line end
-        } else if (i + 2 < text.size() && hex(text[i + 1]) >= 0 && hex(text[i + 2]) >= 0) {
-            to += static_cast<char>(hex(text[i + 1]) * 16 + hex(text[i + 2]));
-            i += 2;
-            meant = to.size();
         } else {
             to += escape;
         }
