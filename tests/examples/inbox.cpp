@@ -52,7 +52,7 @@ struct Mail {
             const auto at = it.id.empty() || it.encoding != "base64" ? html.npos : html.find("cid:" + it.id);
             if (at != html.npos) html.replace(at, it.id.size() + 4, "data:image/png;base64," + mime::to_utf8(it.body));
         }
-        // A link element connects, whatever the policy says, even from a frame within the page: there is none.
+        // A link element connects, whatever the policy says, even from a frame within the page: it is renamed.
         for (std::size_t at = 0; (at = html.find('<', at)) != html.npos; ++at)
             if (const auto tag = mime::lower(html.substr(at + 1, 6)); tag == "iframe" || tag.substr(0, 4) == "link")
                 html[at + 1] = 'x';
@@ -178,7 +178,7 @@ class HTTPChannel : public asynchat::async_chat {
     void answer(const std::string& type, const std::string& body, const std::string& more = "",
                 const std::string& policy = nothing + "sandbox", const std::string& status = "200 OK") {
         wait(30);
-        last_ = last_ || &policy == &nothing;
+        last_ = last_ || status != "200 OK";
         push("HTTP/1.1 " + status + "\r\nContent-Type: " + type +
              "; charset=utf-8\r\nContent-Length: " + std::to_string(body.size()) +
              (last_ ? "\r\nConnection: close" : "") + "\r\nContent-Security-Policy: " + policy + "\r\n" + more +
