@@ -46,6 +46,10 @@ test: smtpd tests/core
 tests/core: $(TESTS) $(LIBRARY)
 	$(CXX) -o $@ $(LDFLAGS) $(TESTS) $(LIBRARY) -lpthread
 
+# tests/examples/bin/: those that have what they need here; the others are told.
+examples: main.o $(LIBRARY)
+	CXX="$(CXX)" CXXFLAGS="$(WARNINGS) $(CXXFLAGS)" LDFLAGS="$(LDFLAGS)" sh tests/examples/build.sh
+
 bench:
 	tests/bench/bench.py
 
@@ -77,4 +81,4 @@ uninstall:
 
 clean:
 	rm -f smtpd libsmtpd.a *.o tests/*.o tests/core
-	rm -rf dist
+	rm -rf dist tests/examples/bin

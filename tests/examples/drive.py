@@ -9,7 +9,9 @@ PORT is for examples that have theirs built in.
 
 import base64
 import contextlib
+import email.message
 import http.server
+import json
 import os
 import pathlib
 import random
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
 HOST = '127.0.0.1'
 PATIENCE = 10   # seconds, for what should happen at once
@@ -666,6 +669,44 @@ def gate(path):
     where = free_port()
     same(run(path, where, where).returncode, 1)   # to itself
     return 'mail for one domain went on, for another one into the store; all else was refused'
+def readable(path):
+    part = email.message.EmailMessage()
+    part['Subject'], part['From'] = 'Grüße\u009b31m – ☕', 'Ann <ann@example.com>'
+    part.set_content('Käse = gut, \x1b[31mrot\x1b[0m\n' + 'x' * 100 + '\n')
+    part.add_alternative('<b>Käse</b>', subtype='html')
+    part.add_attachment(b'%PDF' * 1000, maintype='application', subtype='pdf', filename='Übersicht\x1b.pdf')
+    part.add_attachment(b'abc', maintype='image', subtype='png')
+    html = email.message.EmailMessage()
+    html['Subject'] = 'only HTML'
+    html.set_content('<p>Schön</p>', subtype='html', cte='base64')
+    with Program(path, 0) as program:
+        program.send(b'X-Bad: =?utf-8?q?a=0D=0AEvil=3A_1=1B=5B2J?=\n' + part.as_bytes())
+        told = program.read_until(b'END MESSAGE ------------\n').decode()
+        for text in ('\nSubject: Grüße\\xc2\\x9b31m – ☕\n', '\nFrom: Ann <ann@example.com>\n', 'X-Bad: a  Evil: 1\\x1b[2J\n',
+                     'X-Peer: 127.0.0.1\n\nKäse = gut, \\x1b[31mrot\\x1b[0m\n' + 'x' * 100 + '\n', '\n[attachment text/html, 13 bytes]\n',
+                     '\n[attachment Übersicht\\x1b.pdf, application/pdf, 4000 bytes]\n', '\n[attachment image/png, 3 bytes]\n'):
+            assert text in told, '%r is not in %s' % (text, told)
+        assert '\x1b' not in told and '\x9b' not in told and '=?' not in told, told
+        program.output = b''
+        program.send(html.as_bytes())
+        told = program.read_until(b'END MESSAGE ------------\n').decode()
+        assert '\n\n<p>Schön</p>\n------------ END' in told, told
+        program.output = b''
+        program.send(bytes(range(1, 256)).replace(b'\r', b'').replace(b'\n', b''))
+        assert b'\x1b' not in program.read_until(b'END MESSAGE ------------\n')
+    return 'it printed what people can read'
+
+
+def inbox(path):
+    """What a browser sees is inbox_test.py's."""
+    with Program(path, 0, 0, announced=False) as program:
+        told = program.read_until(b'/\n').decode()
+        program.port, url = int(told.split(',')[0].split(':')[1]), 'http:' + told.split('http:')[1].strip()
+        program.send()
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + 'messages', timeout=PATIENCE) as answer:
+            mails = json.load(answer)['messages']
+        same([(it['subject'], it['preview']) for it in mails], [('Test', 'Hello\n.\nworld')])
+    return 'it told of a message, in JSON'
 
 
 def main():

@@ -18,7 +18,8 @@ def available():
 
 
 class Browser:
-    def __init__(self, width=1600, height=1000, dark=False):
+    def __init__(self, width=1600, height=1000, dark=False, hosts=None):
+        """Nothing is fetched; or, with `hosts`, from where these rules lead: `MAP name 127.0.0.1:port`."""
         self.profile = tempfile.mkdtemp(prefix='study-browser-')
         self.driver = subprocess.Popen([shutil.which('chromedriver'), '--port=0'], stdout=subprocess.PIPE,
                                        stderr=subprocess.DEVNULL, text=True)
@@ -33,8 +34,9 @@ class Browser:
         args = ['--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
                 '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage', '--hide-scrollbars',
                 '--user-data-dir=' + self.profile, '--window-size=%d,%d' % (width, height)]
-        # Nothing is fetched: whatever is not a file leads to a port where nobody listens.
-        args += ['--proxy-server=http://127.0.0.1:9', '--host-resolver-rules=MAP * ~NOTFOUND']
+        # Whatever is not a file leads to a port where nobody listens.
+        rules = (hosts + ', MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost') if hosts else 'MAP * ~NOTFOUND'
+        args += ['--proxy-server=' + ('direct://' if hosts else 'http://127.0.0.1:9'), '--host-resolver-rules=' + rules]
         if dark:
             args.append('--force-dark-mode')
         chromium = shutil.which('chromium') or shutil.which('chromium-browser')
