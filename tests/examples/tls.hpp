@@ -31,62 +31,55 @@
 
 namespace tls {
 
-// What OpenSSL has to say. Where the loop catches errors of the system, it catches this one.
-class error : public std::system_error {
-  public:
-    explicit error(std::string why) : system_error(EPROTO, std::generic_category()), why_(std::move(why)) {}
-    const char* what() const noexcept override { return why_.c_str(); }
-
-  private:
-    std::string why_;
+// What OpenSSL has to say. Who catches errors of the system catches this one, too.
+struct error : std::system_error {
+    std::string why;
+    explicit error(std::string text) : system_error(EPROTO, std::generic_category()), why(std::move(text)) {}
+    const char* what() const noexcept override { return why.c_str(); }
 };
 
-// The last error of OpenSSL, whose list is emptied.
 inline error last_error(const std::string& about = "TLS") {
-    const char* reason = ERR_reason_error_string(ERR_peek_last_error());
-    ERR_clear_error();
-    return error(about + ": " + (reason ? reason : "it failed"));
+    const char* const reason = ERR_reason_error_string(ERR_peek_last_error());
+    return error(about + ": " + (reason ? reason : "OpenSSL has failed"));
 }
 
 // When TLS begins.
 enum class mode {
-    offered,    // by STARTTLS. A server also takes mail without it; a client also gives it to a server without STARTTLS
-    required,   // by STARTTLS; no mail without it
+    offered,    // by STARTTLS: a server takes mail without it, too; a client sends it to a server that has no STARTTLS
+    required,   // by STARTTLS: no mail without it
     at_once     // with the connection: SMTPS
 };
 
-// Settings and certificates, shared by all connections that are made with them. To renew a certificate in a running
-// program, give the server a new context: connections that are open keep the old one.
+// Settings and certificates, for any number of connections. To renew a certificate in a running program, give its
+// server a new context: connections that are open keep the old one.
 using context = std::shared_ptr<SSL_CTX>;
 
 inline context new_context(const SSL_METHOD* method) {
-    const context made(::SSL_CTX_new(method), &::SSL_CTX_free);
+    const context made(SSL_CTX_new(method), &SSL_CTX_free);
     if (!made) throw last_error();
     SSL_CTX_set_min_proto_version(made.get(), TLS1_2_VERSION);
+    SSL_CTX_set_options(made.get(), SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
     // A send() that is repeated has the same bytes, somewhere else perhaps, and more of them.
     SSL_CTX_set_mode(made.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-    SSL_CTX_set_options(made.get(), SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
-#ifdef SSL_OP_IGNORE_UNEXPECTED_EOF   // SMTP has ends of its own: what is cut off is no message
-    SSL_CTX_set_options(made.get(), SSL_OP_IGNORE_UNEXPECTED_EOF);
-#endif
+    SSL_CTX_set_mode(made.get(), SSL_MODE_RELEASE_BUFFERS);   // a connection that is idle needs less memory
     return made;
 }
 
-// For a server: files in PEM format, the certificate with those that it hangs on. Throws tls::error.
+// For a server: files in PEM format; behind the certificate, those that vouch for it. Throws tls::error.
 inline context server_context(const std::string& certificate, const std::string& key) {
-    context made = new_context(::TLS_server_method());
-    if (::SSL_CTX_use_certificate_chain_file(made.get(), certificate.c_str()) != 1) throw last_error(certificate);
-    if (::SSL_CTX_use_PrivateKey_file(made.get(), key.c_str(), SSL_FILETYPE_PEM) != 1) throw last_error(key);
+    context made = new_context(TLS_server_method());
+    if (SSL_CTX_use_certificate_chain_file(made.get(), certificate.c_str()) != 1) throw last_error(certificate);
+    if (SSL_CTX_use_PrivateKey_file(made.get(), key.c_str(), SSL_FILETYPE_PEM) != 1) throw last_error(key);
     return made;
 }
 
-// For a client: whom it trusts, as a file in PEM format; "": those that the system trusts. Throws tls::error.
+// For a client: whom it trusts, a file in PEM format; "": those that the system trusts. Throws tls::error.
 inline context client_context(const std::string& authorities = "") {
-    context made = new_context(::TLS_client_method());
-    const int found = authorities.empty() ? ::SSL_CTX_set_default_verify_paths(made.get())
-                                          : ::SSL_CTX_load_verify_locations(made.get(), authorities.c_str(), nullptr);
+    context made = new_context(TLS_client_method());
+    const int found = authorities.empty() ? SSL_CTX_set_default_verify_paths(made.get())
+                                          : SSL_CTX_load_verify_locations(made.get(), authorities.c_str(), nullptr);
     if (found != 1) throw last_error(authorities);
-    ::SSL_CTX_set_verify(made.get(), SSL_VERIFY_PEER, nullptr);
+    SSL_CTX_set_verify(made.get(), SSL_VERIFY_PEER, nullptr);
     return made;
 }
 
@@ -98,132 +91,130 @@ class socket_type : public asyncore::socket_type {
   public:
     // The server's side of a connection.
     socket_type(asyncore::socket_type&& plain, const context& with)
-        : asyncore::socket_type(std::move(plain)), ssl_(::SSL_new(with.get()), &::SSL_free) {
-        BIO* const below = ssl_ ? ::BIO_new(through_the_socket()) : nullptr;
+        : asyncore::socket_type(std::move(plain)), ssl_(SSL_new(with.get()), &SSL_free) {
+        BIO* const below = ssl_ ? BIO_new(method()) : nullptr;
         if (!below) throw last_error();
-        ::BIO_set_data(below, this);
-        ::BIO_set_init(below, 1);
-        ::SSL_set_bio(ssl_.get(), below, below);   // which owns it now
-        ::SSL_set_accept_state(ssl_.get());
+        BIO_set_data(below, this);
+        BIO_set_init(below, 1);
+        SSL_set_bio(ssl_.get(), below, below);   // which owns it now
+        SSL_set_accept_state(ssl_.get());
     }
-    // The client's side: it speaks first, and refuses a certificate that is not for `host`, a name or an IP address.
+    // The client's side: it refuses a certificate that is not for `host`, a name or an IP address.
     socket_type(asyncore::socket_type&& plain, const context& with, const std::string& host)
         : socket_type(std::move(plain), with) {
-        ::SSL_set_connect_state(ssl_.get());
-        recv_waits_ = true;
+        SSL_set_connect_state(ssl_.get());
+        recv_waits_ = true;                                                // the client begins
         if (host.empty()) throw error("TLS: there is no name to check");   // OpenSSL would take any
-        if (::X509_VERIFY_PARAM_set1_ip_asc(::SSL_get0_param(ssl_.get()), host.c_str()) == 1) return;
-        ERR_clear_error();
-        if (::SSL_set1_host(ssl_.get(), host.c_str()) != 1 || SSL_set_tlsext_host_name(ssl_.get(), host.c_str()) != 1)
+        if (X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl_.get()), host.c_str()) == 1) return;
+        if (SSL_set1_host(ssl_.get(), host.c_str()) != 1 || SSL_set_tlsext_host_name(ssl_.get(), host.c_str()) != 1)
             throw last_error();
     }
 
     std::size_t recv(char* buffer, std::size_t size, int flags = 0) override {
         if (flags & MSG_OOB) return asyncore::socket_type::recv(buffer, size, flags);   // an urgent byte is no TLS
-        if (broken_) return 0;
-        std::size_t received = 0;
-        ERR_clear_error();
-        const int result = ::SSL_read_ex(ssl_.get(), buffer, size, &received);
-        const int why = ::SSL_get_error(ssl_.get(), result);
+        std::size_t done = 0;
+        const int why = attempt([&] { return SSL_read_ex(ssl_.get(), buffer, size, &done); });
         recv_waits_ = why == SSL_ERROR_WANT_WRITE;
-        if (established()) send_waits_ = false;
-        if (result == 1) return received;
-        if (why == SSL_ERROR_ZERO_RETURN || ended_) return 0;
+        if (encrypted()) send_waits_ = false;
+        // An end that is not announced will do: SMTP has ends of its own, and what is cut off is no message.
+        if (why == SSL_ERROR_NONE || why == SSL_ERROR_ZERO_RETURN || ended_) return done;
         fail(why);
     }
     std::size_t send(std::string_view data, int = 0) override {
-        std::size_t sent = 0;
-        if (data.empty()) return 0;
-        if (broken_) throw std::system_error(EPIPE, std::generic_category(), "TLS");
-        ERR_clear_error();
-        const int result = ::SSL_write_ex(ssl_.get(), data.data(), data.size(), &sent);
-        const int why = ::SSL_get_error(ssl_.get(), result);
+        std::size_t done = 0;
+        if (data.empty()) return done;
+        const int why = attempt([&] { return SSL_write_ex(ssl_.get(), data.data(), data.size(), &done); });
         send_waits_ = why == SSL_ERROR_WANT_READ;
-        if (result == 1) return sent;
-        fail(why);
+        if (why != SSL_ERROR_NONE) fail(why);
+        return done;
     }
-    // What has been decrypted, and not been asked for.
-    bool pending() const override { return ::SSL_pending(ssl_.get()) > 0; }
+    // What has been decrypted, and not been asked for yet.
+    bool pending() const override { return SSL_pending(ssl_.get()) > 0; }
     void close() override {
-        if (fd_ >= 0 && established() && !broken_) ::SSL_shutdown(ssl_.get());   // says that it ends, as far as it can
-        ERR_clear_error();
+        if (fd_ >= 0 && encrypted())
+            attempt([&] { return SSL_shutdown(ssl_.get()); });   // a farewell, as far as it goes
         asyncore::socket_type::close();
     }
 
-    bool established() const { return ::SSL_is_init_finished(ssl_.get()) == 1; }
+    bool encrypted() const { return SSL_is_init_finished(ssl_.get()) == 1; }   // the handshake is done
     bool recv_waits_for_output() const { return recv_waits_; }
     bool send_waits_for_input() const { return send_waits_; }
-    SSL* ssl() const { return ssl_.get(); }   // for SSL_get_cipher(), SSL_get_peer_certificate() and the like
+    SSL* ssl() const { return ssl_.get(); }   // for SSL_get_cipher() and the like
 
   private:
+    template <typename Call>
+    int attempt(Call call) {
+        if (broken_) return SSL_ERROR_SYSCALL;
+        ERR_clear_error();
+        return SSL_get_error(ssl_.get(), call());
+    }
     [[noreturn]] void fail(int why) {
         if (why == SSL_ERROR_WANT_READ || why == SSL_ERROR_WANT_WRITE)
             throw std::system_error(EAGAIN, std::generic_category(), "TLS");
-        broken_ = true;
-        const long verified = ::SSL_get_verify_result(ssl_.get());
-        if (ERR_peek_error() == 0) throw std::system_error(errno_ ? errno_ : EPIPE, std::generic_category(), "TLS");
-        if (verified == X509_V_OK || established()) throw last_error();
-        throw error(std::string("certificate verify failed: ") + ::X509_verify_cert_error_string(verified));
+        if (std::exchange(broken_, true) || why != SSL_ERROR_SSL)
+            throw std::system_error(errno_, std::generic_category(), "TLS");
+        const long verified = SSL_get_verify_result(ssl_.get());
+        if (verified == X509_V_OK || encrypted()) throw last_error();
+        throw error(std::string("certificate verify failed: ") + X509_verify_cert_error_string(verified));
     }
 
-    // What OpenSSL calls to read and to write.
-    static const BIO_METHOD* through_the_socket() {
-        static BIO_METHOD* const method = [] {
-            BIO_METHOD* const made = ::BIO_meth_new(BIO_TYPE_SOURCE_SINK | ::BIO_get_new_index(), "asyncore");
-            if (!made) throw last_error();
-            ::BIO_meth_set_write(made, [](BIO* bio, const char* data, int size) {
-                return transfer(bio, BIO_FLAGS_WRITE, [&](asyncore::socket_type& it) {
-                    return it.asyncore::socket_type::send({data, static_cast<std::size_t>(size)});
+    // How OpenSSL reads and writes.
+    static const BIO_METHOD* method() {
+        static BIO_METHOD* const made = [] {
+            BIO_METHOD* const it = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "asyncore::socket_type");
+            if (!it) throw last_error();
+            BIO_meth_set_write(it, [](BIO* bio, const char* data, int size) {
+                return transfer(bio, BIO_FLAGS_WRITE, [&](socket_type& sock) {
+                    return sock.asyncore::socket_type::send({data, static_cast<std::size_t>(size)});
                 });
             });
-            ::BIO_meth_set_read(made, [](BIO* bio, char* buffer, int size) {
-                return transfer(bio, BIO_FLAGS_READ, [&](asyncore::socket_type& it) {
-                    return it.asyncore::socket_type::recv(buffer, static_cast<std::size_t>(size));
+            BIO_meth_set_read(it, [](BIO* bio, char* buffer, int size) {
+                return transfer(bio, BIO_FLAGS_READ, [&](socket_type& sock) {
+                    const auto done = sock.asyncore::socket_type::recv(buffer, static_cast<std::size_t>(size));
+                    sock.ended_ = done == 0;
+                    return done;
                 });
             });
-            ::BIO_meth_set_ctrl(made, [](BIO* bio, int what, long, void*) -> long {
-                if (what == BIO_CTRL_EOF) return static_cast<socket_type*>(::BIO_get_data(bio))->ended_;
-                return what == BIO_CTRL_FLUSH;
-            });
-            return made;
+            BIO_meth_set_ctrl(it, [](BIO*, int what, long, void*) { return long{what == BIO_CTRL_FLUSH}; });
+            return it;
         }();
-        return method;
+        return made;
     }
     // No exception may pass through OpenSSL.
     template <typename Call>
     static int transfer(BIO* bio, int direction, Call call) noexcept {
-        auto& it = *static_cast<socket_type*>(::BIO_get_data(bio));
+        auto& sock = *static_cast<socket_type*>(BIO_get_data(bio));
         BIO_clear_retry_flags(bio);
         try {
-            const std::size_t done = call(it);
-            if (done == 0 && direction == BIO_FLAGS_READ) it.ended_ = true;
-            return static_cast<int>(done);
+            return static_cast<int>(call(sock));
         } catch (const std::system_error& failed) {
-            it.errno_ = failed.code().value();
-            if (it.errno_ == EAGAIN || it.errno_ == EWOULDBLOCK)
-                ::BIO_set_flags(bio, direction | BIO_FLAGS_SHOULD_RETRY);
+            const int err = failed.code().value();
+            if (err == EAGAIN || err == EWOULDBLOCK)
+                BIO_set_flags(bio, direction | BIO_FLAGS_SHOULD_RETRY);
+            else
+                sock.errno_ = err;
         } catch (...) {
-            it.errno_ = ENOMEM;
+            sock.errno_ = ENOMEM;
         }
         return -1;
     }
 
-    std::unique_ptr<SSL, decltype(&::SSL_free)> ssl_;
-    int errno_ = 0;             // of the last call that failed
-    bool ended_ = false;        // the other side sends no more
-    bool broken_ = false;       // no call is of use any more
+    std::unique_ptr<SSL, decltype(&SSL_free)> ssl_;
+    int errno_ = EPIPE;         // why no call is of use any more
+    bool broken_ = false;       // no call is
+    bool ended_ = false;        // no more input
     bool recv_waits_ = false;   // until output is possible
     bool send_waits_ = false;   // until input has come
 };
 
-// The same connection once more, for a socket that takes the place of another.
+// The same connection once more: for a socket that takes the place of another.
 inline asyncore::socket_type duplicate(const asyncore::socket_type& plain) {
     const int fd = ::fcntl(plain.fileno(), F_DUPFD_CLOEXEC, 0);
     if (fd < 0) throw std::system_error(errno, std::generic_category(), "dup");
     return asyncore::socket_type(fd);
 }
 
-// The socket of a client of ours that speaks TLS from the start.
+// A client's connection, for a server that speaks TLS from the start.
 inline std::unique_ptr<asyncore::socket_type> wrap(std::unique_ptr<asyncore::socket_type> plain, const context& with) {
     return std::make_unique<socket_type>(std::move(*plain), with);
 }
@@ -239,7 +230,7 @@ class aware : public Base {
     using Base::Base;
 
     // Whether all is encrypted now.
-    bool encrypted() const { return tls_ && tls_->established(); }
+    bool encrypted() const { return tls_ && tls_->encrypted(); }
 
     bool readable() override {
         if (!tls_) return Base::readable();

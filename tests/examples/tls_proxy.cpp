@@ -10,14 +10,24 @@
 
 #include "tls.hpp"
 
-// Tells why a session has not come about: the client learns no more than 451.
+// Tells why there is no session: the client learns no more than 451.
 struct Session : tls::session<smtpd::SMTP> {
     using session::session;
+    bool told = false;
     void ehlo_or_helo_if_needed(handler then) override {
-        session::ehlo_or_helo_if_needed([then](const smtpd::reply& answer) {
-            if (answer.code != 250) std::cout << "next server: " << answer.line() << std::endl;
+        session::ehlo_or_helo_if_needed([this, then](const smtpd::reply& answer) {
+            if (answer.code != 250 && !told) std::cout << "next server: " << answer.line() << std::endl;
             then(answer);
         });
+    }
+    void handle_error() override {
+        try {
+            throw;
+        } catch (const std::exception& error) {
+            std::cout << "next server: " << error.what() << std::endl;
+        }
+        told = true;
+        session::handle_error();
     }
 };
 
