@@ -116,8 +116,7 @@ class socket_type : public asyncore::socket_type {
         const int why = attempt([&] { return SSL_read_ex(ssl_.get(), buffer, size, &done); });
         recv_waits_ = why == SSL_ERROR_WANT_WRITE;
         if (encrypted()) send_waits_ = false;
-        // An end that is not announced will do: SMTP has ends of its own, and what is cut off is no message.
-        if (why == SSL_ERROR_NONE || why == SSL_ERROR_ZERO_RETURN || ended_) return done;
+        if (why == SSL_ERROR_NONE || why == SSL_ERROR_ZERO_RETURN) return done;
         fail(why);
     }
     std::size_t send(std::string_view data, int = 0) override {
@@ -170,9 +169,7 @@ class socket_type : public asyncore::socket_type {
             });
             BIO_meth_set_read(it, [](BIO* bio, char* buffer, int size) {
                 return transfer(bio, BIO_FLAGS_READ, [&](socket_type& sock) {
-                    const auto done = sock.asyncore::socket_type::recv(buffer, static_cast<std::size_t>(size));
-                    sock.ended_ = done == 0;
-                    return done;
+                    return sock.asyncore::socket_type::recv(buffer, static_cast<std::size_t>(size));
                 });
             });
             BIO_meth_set_ctrl(it, [](BIO*, int what, long, void*) { return long{what == BIO_CTRL_FLUSH}; });
@@ -200,9 +197,8 @@ class socket_type : public asyncore::socket_type {
     }
 
     std::unique_ptr<SSL, decltype(&SSL_free)> ssl_;
-    int errno_ = EPIPE;         // why no call is of use any more
+    int errno_ = EPIPE;         // why no call is of use any more; an end without a farewell is no more than that
     bool broken_ = false;       // no call is
-    bool ended_ = false;        // no more input
     bool recv_waits_ = false;   // until output is possible
     bool send_waits_ = false;   // until input has come
 };

@@ -33,6 +33,7 @@ int serve(char** args) {
     const auto certificate = tls::server_context(args[0], args[1]);
     Server starttls({"127.0.0.1", 0}, {}, certificate, tls::mode::offered, with);
     Server smtps({"127.0.0.1", 0}, {}, certificate, tls::mode::at_once, with);
+    if (args[4]) smtps.socket->setsockopt(SOL_SOCKET, SO_SNDBUF, std::stoi(args[4]));   // for all that it accepts
     std::cout << "listening on " << starttls.socket->getsockname().str() << ", and with TLS at once on "
               << smtps.socket->getsockname().str() << std::endl;
     asyncore::loop();
@@ -45,7 +46,7 @@ int ask(char** args) {
                       : how == "starttls" ? tls::mode::required
                                           : tls::mode::offered;
     asyncore::map_type map;
-    tls::session<smtpd::LMTP> session(tls::client_context(args[3]), args[0], when, &map,
+    tls::session<smtpd::LMTP> session(tls::client_context(args[3]), args[5], when, &map,
                                       smtpd::timeouts::all(std::chrono::milliseconds(std::stoi(args[4]))));
     session.local_hostname = "tester";
     session.open({args[0], std::stoi(args[1])}, [&](const smtpd::reply& answer) {
@@ -56,6 +57,28 @@ int ask(char** args) {
     return 0;
 }
 
+// Asks for new keys again and again, each of which wants an answer, and reads none: until the server takes no more.
+int flood(char** args) {
+    asyncore::socket_type plain(AF_INET, SOCK_STREAM);
+    plain.setblocking(true);
+    plain.setsockopt(SOL_SOCKET, SO_RCVBUF, 4096);
+    const int failed = plain.connect_ex(asyncore::getaddrinfo({"127.0.0.1", std::stoi(args[0])}).at(0));
+    const tls::context context(SSL_CTX_new(TLS_client_method()), &SSL_CTX_free);
+    SSL* const ssl = SSL_new(context.get());
+    if (failed || !SSL_set_fd(ssl, plain.fileno()) || SSL_connect(ssl) != 1) return 1;
+    plain.setblocking(false);
+    for (int waited = 0; waited < 20;) {
+        if (SSL_is_init_finished(ssl)) SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED);
+        waited = SSL_do_handshake(ssl) == 1 ? 0 : waited + 1;
+        if (waited) ::poll(nullptr, 0, 20);
+    }
+    std::cout << "blocked" << std::endl;
+    return std::cin.get() == 0;   // until it is killed
+}
+
 }   // namespace
 
-int main(int, char** argv) { return argv[1] == std::string("serve") ? serve(argv + 2) : ask(argv + 2); }
+int main(int, char** argv) {
+    const std::string what = argv[1];
+    return what == "serve" ? serve(argv + 2) : what == "ask" ? ask(argv + 2) : flood(argv + 2);
+}
