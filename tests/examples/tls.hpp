@@ -11,8 +11,7 @@
 //                                                                tls::mode::required);
 //     session->open({"mail.example", 587}, [](const smtpd::reply& answer) { ... });
 //
-// For a proxy's own sessions, override make_session() (tls_proxy.cpp). Link with -lssl -lcrypto; OpenSSL 1.1.1 or
-// newer.
+// For a proxy's own sessions, override make_session() (tls_proxy.cpp). OpenSSL 1.1.1 or newer: -lssl -lcrypto.
 //
 // How it works. tls::socket_type is a socket whose recv() and send() encrypt. OpenSSL reads and writes through the
 // functions of the socket below: so nothing blocks, and no write raises SIGPIPE. The handshake is part of the first
@@ -39,7 +38,9 @@ struct error : std::system_error {
 };
 
 inline error last_error(const std::string& about = "TLS") {
-    const char* const reason = ERR_reason_error_string(ERR_peek_last_error());
+    const unsigned long code = ERR_peek_error();
+    const char* const reason = ERR_reason_error_string(code);
+    if (ERR_GET_LIB(code) == ERR_LIB_SYS) return error(about + ": " + asyncore::_strerror(ERR_GET_REASON(code)));
     return error(about + ": " + (reason ? reason : "OpenSSL has failed"));
 }
 
@@ -55,6 +56,7 @@ enum class mode {
 using context = std::shared_ptr<SSL_CTX>;
 
 inline context new_context(const SSL_METHOD* method) {
+    ERR_clear_error();
     const context made(SSL_CTX_new(method), &SSL_CTX_free);
     if (!made) throw last_error();
     SSL_CTX_set_min_proto_version(made.get(), TLS1_2_VERSION);
@@ -210,9 +212,9 @@ inline asyncore::socket_type duplicate(const asyncore::socket_type& plain) {
     return asyncore::socket_type(fd);
 }
 
-// A client's connection, for a server that speaks TLS from the start.
-inline std::unique_ptr<asyncore::socket_type> wrap(std::unique_ptr<asyncore::socket_type> plain, const context& with) {
-    return std::make_unique<socket_type>(std::move(*plain), with);
+// The server's side of TLS over a connection that it takes over: for a channel that is none of those below.
+inline std::unique_ptr<asyncore::socket_type> wrap(asyncore::socket_type&& plain, const context& with) {
+    return std::make_unique<socket_type>(std::move(plain), with);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class channel : public aware<Base> {
     template <typename Server>   // that Base belongs to
     channel(Server& owner, std::unique_ptr<asyncore::socket_type> plain, const asyncore::address& from, context with,
             mode when)
-        : aware<Base>(owner, when == mode::at_once ? wrap(std::move(plain), with) : std::move(plain), from),
+        : aware<Base>(owner, when == mode::at_once ? wrap(std::move(*plain), with) : std::move(plain), from),
           context_(std::move(with)),
           when_(when) {
         this->see_socket();
