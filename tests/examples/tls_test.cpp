@@ -73,7 +73,7 @@ int flood(char** args) {
         if (waited) ::poll(nullptr, 0, 20);
     }
     std::cout << "blocked" << std::endl;
-    return std::cin.get() == 0;   // until it is killed
+    for (;;) ::poll(nullptr, 0, -1);   // until it is killed
 }
 
 }   // namespace
