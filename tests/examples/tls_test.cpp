@@ -33,7 +33,8 @@ int serve(char** args) {
     const auto certificate = tls::server_context(args[0], args[1]);
     Server starttls({"127.0.0.1", 0}, {}, certificate, tls::mode::offered, with);
     Server smtps({"127.0.0.1", 0}, {}, certificate, tls::mode::at_once, with);
-    if (args[4]) smtps.socket->setsockopt(SOL_SOCKET, SO_SNDBUF, std::stoi(args[4]));   // for all that it accepts
+    for (const int buffer : {SO_SNDBUF, SO_RCVBUF})   // for all that it accepts
+        if (args[4]) smtps.socket->setsockopt(SOL_SOCKET, buffer, std::stoi(args[4]));
     std::cout << "listening on " << starttls.socket->getsockname().str() << ", and with TLS at once on "
               << smtps.socket->getsockname().str() << std::endl;
     asyncore::loop();
@@ -61,7 +62,7 @@ int ask(char** args) {
 int flood(char** args) {
     asyncore::socket_type plain(AF_INET, SOCK_STREAM);
     plain.setblocking(true);
-    plain.setsockopt(SOL_SOCKET, SO_RCVBUF, 4096);
+    for (const int buffer : {SO_SNDBUF, SO_RCVBUF}) plain.setsockopt(SOL_SOCKET, buffer, 4096);
     const int failed = plain.connect_ex(asyncore::getaddrinfo({"127.0.0.1", std::stoi(args[0])}).at(0));
     const tls::context context(SSL_CTX_new(TLS_client_method()), &SSL_CTX_free);
     SSL* const ssl = SSL_new(context.get());
