@@ -617,7 +617,7 @@ def tls_test(path):
                 program.idles(0.3, 'nothing to do')
 
         # The idle clock runs during the handshake, whatever comes in it; afterwards the client is told.
-        with server(idle=1000) as program:
+        with server(idle=2000) as program:
             for smtps in False, True:
                 for drip in False, True:
                     sock = program.raw(program.smtps if smtps else program.port)
@@ -632,7 +632,7 @@ def tls_test(path):
                             time.sleep(0.05)
                             assert time.monotonic() - start < 5, 'a handshake that comes byte by byte goes on for ever'
                     same(closed(sock), b'')
-                    assert 0.8 < time.monotonic() - start < 1.8, time.monotonic() - start
+                    assert 1.7 < time.monotonic() - start < 3.9, time.monotonic() - start   # not twice as long
                 with Talk(program, certificates, smtps) as talk:
                     same(talk.line(), '421 Error: timeout exceeded\r\n')
                     same(talk.sock.recv(1), b'')
