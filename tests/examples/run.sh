@@ -1,7 +1,7 @@
 #!/bin/sh
-# Compiles each example, with all warnings, and runs it with real clients (drive.py). Usage: run.sh [BUILDDIR
-# [EXAMPLE...]]; it builds in BUILDDIR/examples, or in a temporary folder. CXX, CXXFLAGS and LDFLAGS are respected.
-# Without Python 3 it is skipped (77), or fails when NO_SKIP=1.
+# Compiles each example, with all warnings, and runs it with real clients (drive.py; tls_test.py for those with TLS).
+# Usage: run.sh [BUILDDIR [EXAMPLE...]]; it builds in BUILDDIR/examples, or in a temporary folder. CXX, CXXFLAGS and
+# LDFLAGS are respected. Without Python 3 it is skipped (77), or fails when NO_SKIP=1; the same for TLS and OpenSSL.
 set -u
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -54,6 +54,10 @@ build() {
     my_smtpd) with="$with $work/main.o" ;;
     fixture_test) with="$with -I$here -pthread" ;;
     echo_server | http_client | chat_room) with=$work/asyncore.o ;;   # asyncore stands alone
+    tls_proxy)   # in front of tls_server
+        build tls_server || return 1
+        source=$here/tls_proxy.cpp ;;
+    tls_*) with="$with -lssl -lcrypto" ;;
     tsan) source="$here/fixture_test.cpp $root/asyncore.cpp $root/smtpd.cpp"; with="-fsanitize=thread -pthread" ;;
     esac
     # These are lists of words.
@@ -66,7 +70,13 @@ has_tsan() {
     $cxx $flags -fsanitize=thread -pthread -o "$work/empty" "$work/empty.cpp" 2>/dev/null && "$work/empty" 2>/dev/null
 }
 
-passed=0 failed=0
+has_openssl() {
+    echo '#include <openssl/ssl.h>
+        int main() { return SSL_CTX_new(TLS_method()) == nullptr; }' >"$work/openssl.cpp"
+    $cxx $flags -o "$work/openssl" "$work/openssl.cpp" -lssl -lcrypto 2>/dev/null && command -v openssl >/dev/null
+}
+
+passed=0 failed=0 openssl=
 for name in "$@"; do
     name=$(basename "$name" .cpp)
     case " $flags" in *-fsanitize=*) [ "$name" = tsan ] && continue ;; esac
@@ -75,8 +85,18 @@ for name in "$@"; do
         [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
         continue
     fi
+    driver=drive.py
+    case $name in tls_*)
+        driver=tls_test.py
+        [ -n "$openssl" ] || { has_openssl && openssl=yes || openssl=no; }
+        if [ $openssl = no ]; then
+            echo "skipped: $name, there is no OpenSSL to compile with (Debian: libssl-dev, openssl)"
+            [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
+            continue
+        fi ;;
+    esac
     port=
-    if build "$name" && python3 "$here/drive.py" "$name" "$work/$name" $port; then
+    if build "$name" && python3 "$here/$driver" "$name" "$work/$name" $port; then
         passed=$((passed + 1))
     else
         echo "FAILED: $name"
