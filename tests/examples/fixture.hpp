@@ -209,8 +209,8 @@ struct fault {
     // follows the verb.
     fault& address(const std::string& pattern) { return only = pattern, *this; }
     fault& times(std::size_t n) { return count = n, *this; }   // the first n times; with from(): n times from there on
-    fault& from(std::size_t n) { return first = n, *this; }                    // from the n-th time on
-    fault& chance(double probability) { return odds = probability, *this; }    // 0 to 1; options::seed repeats it
+    fault& from(std::size_t n) { return first = n, *this; }    // from the n-th time on
+    fault& chance(double probability) { return odds = probability, *this; }   // 0 to 1; options::seed repeats it
 
     // --- what is said. 4yz and 5yz instead of what was to be done; 2yz and 3yz after it. \n makes several lines.
     fault& reply(const std::string& text) {
@@ -218,13 +218,13 @@ struct fault {
         const std::string words = text.size() > 4 ? text.substr(4) : "as told";
         return raw(smtpd::reply{std::stoi(text.substr(0, 3)), words}.line() + "\r\n");
     }
-    fault& raw(const std::string& bytes) { return said = bytes, *this; }   // nothing is added
-    fault& multiline(std::size_t n = 100) { return more_lines = n, *this; }     // so many lines in front of the reply
-    fault& huge(std::size_t bytes = 102400) { return size = bytes, *this; }     // one long line
-    fault& malformed() { return garbled = true, *this; }                        // no code in front
-    fault& lf_only() { return lf = true, *this; }                               // \n ends it
-    fault& half() { return part = mute = true, *this; }         // the first half of the reply, and then nothing more
-    fault& early_354() { return early = true, *this; }          // 354 comes with this reply, and not after DATA
+    fault& raw(const std::string& bytes) { return said = bytes, *this; }      // nothing is added
+    fault& multiline(std::size_t n = 100) { return more_lines = n, *this; }   // so many lines in front of the reply
+    fault& huge(std::size_t bytes = 102400) { return size = bytes, *this; }   // one long line
+    fault& malformed() { return garbled = true, *this; }                      // no code in front
+    fault& lf_only() { return lf = true, *this; }                             // \n ends it
+    fault& half() { return part = mute = true, *this; }   // the first half of the reply, and then nothing more
+    fault& early_354() { return early = true, *this; }    // 354 comes with this reply, and not after DATA
 
     // --- when it is said
     fault& delay(milliseconds time) { return wait = time, *this; }
@@ -232,11 +232,11 @@ struct fault {
     fault& silence() { return mute = unsaid = true, *this; }   // no reply, to this and to all that follows
 
     // --- how it ends
-    fault& drop() { return dropped = unsaid = true, *this; }         // instead of the reply
-    fault& drop_after() { return dropped = true, *this; }            // after the reply
-    fault& drop_middle() { return dropped = part = true, *this; }    // after half of it
-    fault& drop_at(std::size_t n) { return cut_at = n, *this; }      // DATA: when n bytes of the message have come
-    fault& stop_reading() { return deaf = true, *this; }             // after the reply: the client's data piles up
+    fault& drop() { return dropped = unsaid = true, *this; }        // instead of the reply
+    fault& drop_after() { return dropped = true, *this; }           // after the reply
+    fault& drop_middle() { return dropped = part = true, *this; }   // after half of it
+    fault& drop_at(std::size_t n) { return cut_at = n, *this; }     // DATA: when n bytes of the message have come
+    fault& stop_reading() { return deaf = true, *this; }            // after the reply: the client's data piles up
 
     std::string step, only = "*";
     std::size_t first = 1, count = 0;   // 0: for ever
@@ -317,7 +317,8 @@ inline fault parse_fault(const std::string& text) {
 // Faults from text: STEP[:ADDRESS]=[COUNT=]ACTION[,ACTION...] with blanks between them.
 //     RCPT=451                          RCPT:bob@*=2=451 4.3.0 try again      DATA=drop        greeting=delay:2s
 //     COUNT   2: twice   3-: from the third time on   25%: with that chance
-//     ACTION  the reply, which is the last one; drop drop-after drop-middle drop-at:BYTES delay:TIME slow[:TIME] silence
+//     ACTION  the reply, which is the last one; drop drop-after drop-middle drop-at:BYTES delay:TIME slow[:TIME]
+//     silence
 //             half malformed lf huge[:BYTES] lines[:N] early-354 stop-reading; TIME is such as 2s or 50ms
 // A word without = belongs to the reply before it. Throws std::invalid_argument.
 inline std::vector<fault> parse_faults(const std::string& text) {
@@ -379,8 +380,10 @@ struct book {
         change([&] {
             const bool fitted = who.transcript_size <= with.transcript_limit;
             who.transcript_size += line.size() + 1;
-            if (who.transcript_size <= with.transcript_limit) who.transcript.push_back(line);
-            else if (fitted) who.transcript.push_back("... (and more)");
+            if (who.transcript_size <= with.transcript_limit)
+                who.transcript.push_back(line);
+            else if (fitted)
+                who.transcript.push_back("... (and more)");
         });
         if (with.log) with.log(line);
     }
@@ -400,7 +403,7 @@ struct book {
             if (it.step != "*" && it.step != step) continue;
             if (it.only != "*" && std::none_of(about.begin(), about.end(), meant)) continue;
             if (++it.seen < it.first || (it.count > 0 && it.seen >= it.first + it.count)) continue;
-            if (it.odds < 1 && (dice() - 1) / 2147483646.0 >= it.odds) continue;
+            if (it.odds < 1 && static_cast<double>(dice()) > it.odds * static_cast<double>(dice.max())) continue;
             return it;
         }
         return fault(step);
@@ -429,8 +432,10 @@ class message_check {
             if (!eight_bit_ && static_cast<unsigned char>(c) > 127) say("8-bit data without BODY=8BITMIME");
             if (size_ == 1 && last_ == '.' && c != '.') say("a dot that is not doubled");
             last_ = c;
-            if (c == '\n') size_ = 0, ++line_;
-            else if (++size_ > 998 && c != '\r') say("more than 998 bytes");
+            if (c == '\n')
+                size_ = 0, ++line_;
+            else if (++size_ > 998 && c != '\r')
+                say("more than 998 bytes");
         }
         return wrong;
     }
@@ -444,7 +449,8 @@ class message_check {
 
 class channel : public smtpd::SMTPChannel {
   public:
-    channel(book& it, smtpd::SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock, const asyncore::address& from)
+    channel(book& it, smtpd::SMTPServer& server, std::unique_ptr<asyncore::socket_type> sock,
+            const asyncore::address& from)
         : SMTPChannel(server, std::move(sock), from), me(it.begin(from)), book_(it), with_(it.with) {
         command_size_limits["AUTH"] = auth_line_limit;
         if (!connected) end();
@@ -492,8 +498,10 @@ class channel : public smtpd::SMTPChannel {
             return step("AUTH+", {user_}, [this] { take_auth_line(std::exchange(received_lines, {})); });
         const std::string line = received_lines, verb = upper(line.substr(0, line.find(' ')));
         std::string about = line.size() > verb.size() ? line.substr(verb.size() + 1) : "";
-        for (const std::string_view keyword : {"FROM:", "TO:"})
-            if (const auto address = _getaddr(_strip_command_keyword(keyword, about)); address) about = address->first;
+        if (verb == "MAIL" || verb == "RCPT") {
+            const auto address = _getaddr(_strip_command_keyword(verb == "MAIL" ? "FROM:" : "TO:", about));
+            if (address) about = address->first;
+        }
         if ((verb == "HELO" || verb == "EHLO") && !about.empty()) seen_greeting.clear();   // as RFC 5321, 4.1.4 has it
         const bool nested = verb == "MAIL" && !mailfrom.empty();
         line_ = line;
@@ -541,7 +549,7 @@ class channel : public smtpd::SMTPChannel {
 
     void smtp_MAIL(argument arg) override {
         if (with_.auth_required && me->user.empty() && !seen_greeting.empty())
-            return replies_.append("530 5.7.0 Authentication required\r\n"), void();
+            return push("530 5.7.0 Authentication required");
         std::vector<std::string> others;
         const std::string known = without_others(arg, others);
         const bool open = !mailfrom.empty();
@@ -591,6 +599,18 @@ class channel : public smtpd::SMTPChannel {
         push(smtp_state == credentials ? "334 " : "334 VXNlcm5hbWU6");   // "Username:"
     }
 
+    // A greeting that waits for the client's side of a TLS handshake is tried again when something has come.
+    bool writable() override { return SMTPChannel::writable() && !handshake_; }
+    void handle_read() override {
+        SMTPChannel::handle_read();
+        if (std::exchange(handshake_, false) && connected) handle_write();
+    }
+    void handle_write() override {
+        const std::size_t before = queued();
+        SMTPChannel::handle_write();
+        if (queued() < before) encrypted_ = true;
+        handshake_ = with_.tls_at_once && !encrypted_ && connected;
+    }
     asyncore::clock::time_point deadline() override { return std::min(due_, SMTPChannel::deadline()); }
     void handle_timeout() override {
         if (due_ > asyncore::clock::now()) return SMTPChannel::handle_timeout();
@@ -615,8 +635,8 @@ class channel : public smtpd::SMTPChannel {
     }
 
   private:
-    static constexpr std::size_t auth_line_limit = 12288;              // RFC 4954, section 4
-    enum { credentials = 2, user_name, password, digest };             // what the next line is: states beside DATA
+    static constexpr std::size_t auth_line_limit = 12288;    // RFC 4954, section 4
+    enum { credentials = 2, user_name, password, digest };   // what the next line is: states beside DATA
     enum then { go_on, close_it, tls, mute, stop_reading } after_ = go_on;   // when the reply is out
 
     template <typename Change>
@@ -642,8 +662,10 @@ class channel : public smtpd::SMTPChannel {
         replies_.clear();
         after_ = go_on;
         collecting_ = true;
-        if (it.does_it()) normal();
-        else received_lines.clear(), num_bytes = 0;
+        if (it.does_it())
+            normal();
+        else
+            received_lines.clear(), num_bytes = 0;
         collecting_ = false;
         if (name == "." && smtp_state == DATA) _set_post_data_state();   // not taken
         if (name == "AUTH+" && !it.does_it()) smtp_state = COMMAND;
@@ -691,6 +713,7 @@ class channel : public smtpd::SMTPChannel {
             end_input();
             initiate_send();
         } else if (after_ == mute) {
+            book_.tell(*me, "# silence");
             discard_input();
             set_terminator(std::nullopt);
         } else if (after_ == stop_reading) {
@@ -714,7 +737,8 @@ class channel : public smtpd::SMTPChannel {
     // The client shall wait for a reply before it says more, unless it may pipeline (RFC 2920).
     void check_waiting() {
         char byte;
-        bool more = socket->pending() || ac_in_buffer().size() > (smtp_state == DATA ? 2u : 0u);   // DATA's own line end
+        bool more =
+            socket->pending() || ac_in_buffer().size() > (smtp_state == DATA ? 2u : 0u);   // DATA's own line end
         if (!more && !me->tls) more = ::recv(socket->fileno(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
         if (!more || early_) return;
         const bool last_of_group = step_ == "EHLO" || step_ == "HELO" || step_ == "DATA" || step_ == "AUTH" ||
@@ -722,20 +746,22 @@ class channel : public smtpd::SMTPChannel {
         if (step_ == "GREETING") return blame("it speaks before the greeting");
         if (step_ == "QUIT") return blame("it says more after QUIT");
         if (after_ == tls) return blame("it says more after STARTTLS, before TLS");
-        if (!holds(offered_, "PIPELINING")) return blame("it does not wait for the reply to " + step_ + ", and PIPELINING was not offered");
+        if (!holds(offered_, "PIPELINING"))
+            return blame("it does not wait for the reply to " + step_ + ", and PIPELINING was not offered");
         if (last_of_group) blame("it does not wait for the reply to " + step_);
     }
 
     // What our own reply says of the client.
     void check_command(const std::string& verb, bool nested) {
         const std::string code = replies_.substr(0, 3), told = shown(line_);
-        const bool eight_bit = std::any_of(line_.begin(), line_.end(), [](char c) { return static_cast<unsigned char>(c) > 127; });
+        const bool eight_bit =
+            std::any_of(line_.begin(), line_.end(), [](char c) { return static_cast<unsigned char>(c) > 127; });
         if (eight_bit && !(verb == "MAIL" || verb == "RCPT")) blame("bytes that are not ASCII: " + told);
         if (eight_bit && (verb == "MAIL" || verb == "RCPT") && !holds(mail_options, "SMTPUTF8"))
             blame("an address that is not ASCII, without SMTPUTF8: " + told);
         if (code == "500" || code == "501" || code == "504" || code == "555")
-            blame((after_message_ ? "no command, is a dot in the message not doubled? " : "no command that we know: ") + told + ": " +
-                  shown(replies_.substr(0, replies_.size() - 2)));
+            blame((after_message_ ? "no command, is a dot in the message not doubled? " : "no command that we know: ") +
+                  told + ": " + shown(replies_.substr(0, replies_.size() - 2)));
         if (code == "503") blame((nested ? "RSET is missing before " : "before its turn: ") + told);
         if (code != "500") after_message_ = false;
     }
@@ -771,8 +797,10 @@ class channel : public smtpd::SMTPChannel {
         for (const std::string& word : lines_of(arg.value_or(""), " ")) {
             const std::string name = upper(word.substr(0, word.find('=')));
             const bool dsn = name == "RET" || name == "ENVID" || name == "NOTIFY" || name == "ORCPT";
-            if (word.find('=') != word.npos && holds(offered_, dsn ? "DSN" : name) && name != "SIZE") others.push_back(word);
-            else known += (known.empty() ? "" : " ") + word;
+            if (word.find('=') != word.npos && holds(offered_, dsn ? "DSN" : name) && name != "SIZE")
+                others.push_back(word);
+            else
+                known += (known.empty() ? "" : " ") + word;
         }
         return known;
     }
@@ -823,7 +851,7 @@ class channel : public smtpd::SMTPChannel {
     std::optional<std::size_t> cut_at_;
     std::size_t bytes_ = 0;   // of the message, as they came
     bool collecting_ = false, sent_any_ = false, early_ = false, bad_end_ = false, too_long_ = false;
-    bool spoke_ = false, confused_ = false, after_message_ = false;
+    bool spoke_ = false, confused_ = false, after_message_ = false, handshake_ = false, encrypted_ = false;
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -839,16 +867,22 @@ inline std::vector<scene> parse_scenario(const std::string& text) {
         if (line.empty() || line[0] == '#') continue;
         const std::string word = line.substr(0, line.find(' '));
         const std::string rest = line.substr(std::min(word.size() + 1, line.size()));
-        if (word == "S:") scenes.back().push_back({scene_line::server, rest + "\r\n", {}, line});
-        else if (word == "S") scenes.back().push_back({scene_line::server, rest, {}, line});
-        else if (word == "C:") scenes.back().push_back({scene_line::client, rest, {}, line});
-        else if (word == "close") scenes.back().push_back({scene_line::close, "", {}, line});
+        if (word == "S:")
+            scenes.back().push_back({scene_line::server, rest + "\r\n", {}, line});
+        else if (word == "S")
+            scenes.back().push_back({scene_line::server, rest, {}, line});
+        else if (word == "C:")
+            scenes.back().push_back({scene_line::client, rest, {}, line});
+        else if (word == "close")
+            scenes.back().push_back({scene_line::close, "", {}, line});
         else if (word == "wait") {
             fault time("");
             add_action(time, "delay:" + rest);
             scenes.back().push_back({scene_line::wait, "", time.wait, line});
-        } else if (word == "---") scenes.emplace_back();
-        else throw std::invalid_argument("not a line of a scenario: " + line);
+        } else if (word == "---")
+            scenes.emplace_back();
+        else
+            throw std::invalid_argument("not a line of a scenario: " + line);
     }
     return scenes;
 }
@@ -856,11 +890,14 @@ inline std::vector<scene> parse_scenario(const std::string& text) {
 // Plays one connection of a scenario.
 class player : public asynchat::async_chat {
   public:
-    player(book& it, std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map, const asyncore::address& from)
+    player(book& it, std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map,
+           const asyncore::address& from)
         : async_chat(std::move(sock), map), book_(it), me_(it.begin(from)) {
         book_.change([&] {
-            if (book_.begun < book_.scenes.size()) lines_ = book_.scenes[book_.begun];
-            else extra_ = true;
+            if (book_.begun < book_.scenes.size())
+                lines_ = book_.scenes[book_.begun];
+            else
+                extra_ = true;
             ++book_.begun;
         });
         set_terminator("\n");
@@ -876,14 +913,19 @@ class player : public asynchat::async_chat {
     }
     void found_terminator() override {
         std::string line = _get_data();
-        if (line.empty() || line.back() != '\r') book_.blame(*me_, "bare LF in " + shown(line));
-        else line.pop_back();
+        if (line.empty() || line.back() != '\r')
+            book_.blame(*me_, "bare LF in " + shown(line));
+        else
+            line.pop_back();
         book_.tell(*me_, "C: " + shown(line));
         if (next_ == lines_.size()) return depart("C: " + shown(line));
         const bool any = lines_[next_].text == "**";   // any lines, until the one behind it comes
-        if (any && next_ + 1 < lines_.size() && like(lines_[next_ + 1].text, line)) next_ += 2;
-        else if (!any && !like(lines_[next_].text, line)) return depart("C: " + shown(line));
-        else if (!any) ++next_;
+        if (any && next_ + 1 < lines_.size() && like(lines_[next_ + 1].text, line))
+            next_ += 2;
+        else if (!any && !like(lines_[next_].text, line))
+            return depart("C: " + shown(line));
+        else if (!any)
+            ++next_;
         go_on();
     }
     asyncore::clock::time_point deadline() override { return std::min(due_, async_chat::deadline()); }
@@ -973,8 +1015,8 @@ class server : public smtpd::SMTPServer {
         connection& from = *static_cast<channel&>(*kwargs.channel()).me;
         book_.change([&] {
             ++from.messages;
-            book_.messages.push_back({mailfrom, rcpttos, std::move(data), kwargs.mail_options, kwargs.rcpt_options, from.helo,
-                                      from.user, from.tls, from.number});
+            book_.messages.push_back({mailfrom, rcpttos, std::move(data), kwargs.mail_options, kwargs.rcpt_options,
+                                      from.helo, from.user, from.tls, from.number});
         });
         return std::nullopt;
     }
@@ -1048,7 +1090,8 @@ class mail_fixture {
         book_.change([&] {
             book_.messages.clear();
             auto& all = book_.connections;
-            all.erase(std::remove_if(all.begin(), all.end(), [](const auto& it) { return !it->ended.empty(); }), all.end());
+            all.erase(std::remove_if(all.begin(), all.end(), [](const auto& it) { return !it->ended.empty(); }),
+                      all.end());
             for (auto& it : all) it->transcript.clear(), it->errors.clear(), it->transcript_size = 0;
         });
     }
@@ -1056,7 +1099,7 @@ class mail_fixture {
     // mail.fault("RCPT").address("bob@*").reply("451 later").times(2); it is in force at the end of the statement.
     class pending_fault : public fixture::fault {
       public:
-        pending_fault(mail_fixture& mail, const std::string& step) : fault(step), mail_(mail) {}
+        pending_fault(mail_fixture& mail, const std::string& at) : fault(at), mail_(mail) {}
         pending_fault(const pending_fault&) = delete;
         pending_fault& operator=(const pending_fault&) = delete;
         ~pending_fault() { mail_.add(*this); }
@@ -1106,6 +1149,8 @@ class mail_fixture {
 
     // Ends all connections at once, as a server that dies does; it goes on listening.
     void drop_connections() {
+        const std::lock_guard<std::mutex> guard(stopping_);
+        if (!thread_.joinable()) return;
         waker_.pull_trigger([this] {
             for (asyncore::dispatcher* it : map_.values())
                 if (it != &waker_ && it != &server_) it->close();
