@@ -63,8 +63,8 @@ struct options {
     // send(), which throw EAGAIN meanwhile. With it STARTTLS is offered, or TLS is there from the first byte.
     std::function<std::unique_ptr<asyncore::socket_type>(asyncore::socket_type&& plain)> tls{};
     bool tls_at_once = false;
-    // Gets each line of the transcript as it comes, in the server's thread.
-    std::function<void(const std::string& line)> log{};
+    // Gets each line of the transcripts as it comes, and what a client does wrong, in the server's thread.
+    std::function<void(int connection, const std::string& line)> log{};
 };
 
 struct message {
@@ -385,14 +385,14 @@ struct book {
             else if (fitted)
                 who.transcript.push_back("... (and more)");
         });
-        if (with.log) with.log(line);
+        if (with.log) with.log(who.number, line);
     }
 
     void blame(connection& who, const std::string& what) {
         change([&] {
             if (who.errors.size() < 1000) who.errors.push_back(what);
         });
-        if (with.log) with.log("# client error: " + what);
+        if (with.log) with.log(who.number, "# client error: " + what);
     }
 
     // The fault that is due at this step.
@@ -740,6 +740,7 @@ class channel : public smtpd::SMTPChannel {
         bool more =
             socket->pending() || ac_in_buffer().size() > (smtp_state == DATA ? 2u : 0u);   // DATA's own line end
         if (!more && !me->tls) more = ::recv(socket->fileno(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+        after_message_ = more && step_ == ".";
         if (!more || early_) return;
         const bool last_of_group = step_ == "EHLO" || step_ == "HELO" || step_ == "DATA" || step_ == "AUTH" ||
                                    step_ == "AUTH+" || step_ == "VRFY" || step_ == "EXPN" || step_ == "NOOP";
@@ -763,7 +764,6 @@ class channel : public smtpd::SMTPChannel {
             blame((after_message_ ? "no command, is a dot in the message not doubled? " : "no command that we know: ") +
                   told + ": " + shown(replies_.substr(0, replies_.size() - 2)));
         if (code == "503") blame((nested ? "RSET is missing before " : "before its turn: ") + told);
-        if (code != "500") after_message_ = false;
     }
 
     void collect_message(std::string_view data) {
@@ -788,7 +788,6 @@ class channel : public smtpd::SMTPChannel {
         tell("C: ", ".");
         line_ = ".";
         step(".", rcpttos, [this] { SMTPChannel::found_terminator(); });
-        after_message_ = true;
     }
 
     // A parameter of MAIL or RCPT that belongs to an EHLO word of the test's is taken out, for ours does not know it.

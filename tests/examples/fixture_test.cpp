@@ -214,7 +214,7 @@ void test_transcript() {
     mail_fixture::options with;
     with.server.fqdn = "host";
     with.transcript_limit = 600;
-    with.log = [&](const std::string& line) {
+    with.log = [&](int, const std::string& line) {
         const std::lock_guard<std::mutex> guard(lock);
         logged.push_back(line);
     };
@@ -549,19 +549,22 @@ strings errors_of(const std::string& bytes, const fixture::options& with = {}) {
     mail_fixture mail(with);
     client it(mail.port());
     it.hear();
-    // Line by line, as a good client does: "|" in front of a line stands for one that comes with the line before it.
+    // Line by line, as a good client does. "|" in front of a line: it comes with the line before it; "+": the same, and
+    // each of the two is answered.
     std::string packet;
+    int replies = 1;
     for (std::size_t at = 0; at < bytes.size();) {
         const std::size_t end = std::min(bytes.find("\r\n", at) + 2, bytes.size());
         packet += bytes.substr(at, end - at);
         at = end;
-        if (at < bytes.size() && bytes[at] == '|') {
-            ++at;
+        if (at < bytes.size() && (bytes[at] == '|' || bytes[at] == '+')) {
+            replies += bytes[at++] == '+';
             continue;
         }
         it.send(packet);
         packet.clear();
-        it.hear();
+        for (; replies > 0; --replies) it.hear();
+        replies = 1;
     }
     ::shutdown(it.fileno(), SHUT_WR);
     it.rest();
@@ -583,7 +586,7 @@ void test_what_the_client_did_wrong() {
     assert(errors_of("EHLO x\r\nMAIL FROM:<a@b> BODY=8BITMIME\r\nRCPT TO:<c@d>\r\nDATA\r\n\xc3\xbc" + end) ==
            strings{});
     // A message that goes on behind the dot that was not doubled.
-    const strings cut = errors_of(begin + "one\r\n|.\r\n|two\r\nQUIT\r\n");
+    const strings cut = errors_of(begin + "one\r\n|.\r\n+two\r\nQUIT\r\n");
     assert(cut.size() == 2 && cut[0] == "it does not wait for the reply to ., and PIPELINING was not offered");
     assert(cut[1].find("no command, is a dot in the message not doubled? two: 500 ") == 0);
 
@@ -601,9 +604,9 @@ void test_what_the_client_did_wrong() {
     assert(errors_of("EHLO x\r\nMAIL FROM:<a@b>\r\nMAIL FROM:<a@b>\r\nRSET\r\nMAIL FROM:<a@b>\r\nQUIT\r\n") ==
            strings{"RSET is missing before MAIL FROM:<a@b>"});
     assert(errors_of("EHLO x\r\nFOO\r\nMAIL FROM a\r\nQUIT\r\n").size() == 2);
-    assert(errors_of("EHLO x\r\nMAIL FROM:<a@b>\r\n|RCPT TO:<c@d>\r\nQUIT\r\n") ==
+    assert(errors_of("EHLO x\r\nMAIL FROM:<a@b>\r\n+RCPT TO:<c@d>\r\nQUIT\r\n") ==
            strings{"it does not wait for the reply to MAIL, and PIPELINING was not offered"});
-    assert(errors_of(begin.substr(0, begin.size() - 6) + "DATA\r\n|x" + end) ==
+    assert(errors_of(begin.substr(0, begin.size() - 6) + "DATA\r\n+x" + end) ==
            strings{"it does not wait for the reply to DATA, and PIPELINING was not offered"});
     assert(errors_of("EHLO x\r\n") == strings{"left without QUIT"});
     assert(errors_of("EHLO x\r\nQUIT\r\n|NOOP\r\n") == strings{"it says more after QUIT"});

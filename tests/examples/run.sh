@@ -52,7 +52,8 @@ build() {
         sed "s/1025/$port/" "$source" >"$work/$1.cpp" || return 1
         source=$work/$1.cpp ;;
     my_smtpd) with="$with $work/main.o" ;;
-    fixture_test) with="$with -I$here -pthread" ;;
+    fixture_gtest) with="$with -lgtest -lgtest_main -pthread" ;;
+    fixture_* | fault_server) with="$with -pthread" ;;
     echo_server | http_client | chat_room) with=$work/asyncore.o ;;   # asyncore stands alone
     tsan) source="$here/fixture_test.cpp $root/asyncore.cpp $root/smtpd.cpp"; with="-fsanitize=thread -pthread" ;;
     esac
@@ -66,6 +67,12 @@ has_tsan() {
     $cxx $flags -fsanitize=thread -pthread -o "$work/empty" "$work/empty.cpp" 2>/dev/null && "$work/empty" 2>/dev/null
 }
 
+# Whether the test framework of a fixture_*.cpp is there: whether its header is.
+has_framework() {
+    sed -n '1,/^#include </p' "$here/$1.cpp" | grep '^#include' >"$work/framework.cpp"
+    $cxx -fsyntax-only "$work/framework.cpp" 2>/dev/null
+}
+
 passed=0 failed=0
 for name in "$@"; do
     name=$(basename "$name" .cpp)
@@ -75,6 +82,13 @@ for name in "$@"; do
         [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
         continue
     fi
+    case $name in fixture_gtest | fixture_catch2 | fixture_doctest)
+        if ! has_framework $name; then
+            echo "skipped: $name, its framework is not installed (Debian: libgtest-dev, catch2, doctest-dev)"
+            [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
+            continue
+        fi ;;
+    esac
     port=
     if build "$name" && python3 "$here/drive.py" "$name" "$work/$name" $port; then
         passed=$((passed + 1))
