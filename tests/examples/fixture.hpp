@@ -731,7 +731,7 @@ class channel : public smtpd::SMTPChannel {
         seen_greeting.clear(), offered_.clear();
         extended_smtp = false;
         set_socket(with_.tls(std::move(*socket)));
-        note([&] { me->tls = true, me->helo.clear(); });
+        note([&] { me->tls = true, me->helo.clear(), me->user.clear(); });
     }
 
     // The client shall wait for a reply before it says more, unless it may pipeline (RFC 2920).

@@ -3,6 +3,8 @@
 #undef NDEBUG
 #include "fixture.hpp"
 
+#include <unistd.h>
+
 #include <cassert>
 #include <cstdio>
 #include <iostream>
@@ -717,6 +719,22 @@ void test_TLS_comes_from_outside() {
     client at_once(smtps.port());
     char first[4];
     assert(::recv(at_once.fileno(), first, 4, MSG_WAITALL) == 4 && flipped::flip({first, 4}) == "220 ");
+}
+
+void test_IPv6_and_UNIX() {
+    const std::string path = "fixture_test." + std::to_string(::getpid());
+    fixture::options with;
+    for (const auto& where : {asyncore::address("::1", 0), asyncore::address::unix_path(path)}) {
+        with.where = where;
+        try {
+            mail_fixture mail(with);
+            smtpd::sendmail(mail.address(), "a@b", {"c@d"}, "x", smtpd::timeouts::all(5s));
+            assert(mail.messages().size() == 1);
+        } catch (const std::system_error&) {
+            assert(where.host == "::1");   // not every machine has IPv6
+        }
+    }
+    std::remove(path.c_str());
 }
 
 void test_a_large_message() {
