@@ -461,7 +461,8 @@ class channel : public smtpd::SMTPChannel {
 
     void start() override {
         if (!connected) return;
-        socket->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);   // byte by byte means it
+        // Byte by byte means it.
+        if (socket->getsockname().family != AF_UNIX) socket->setsockopt(IPPROTO_TCP, TCP_NODELAY, 1);
         if (with_.tls_at_once) start_tls();
         step("GREETING", {}, [this] { SMTPChannel::start(); });
     }

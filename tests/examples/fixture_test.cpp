@@ -775,6 +775,7 @@ int main() {
                             test_scenario,
                             test_scenario_departed_from,
                             test_TLS_comes_from_outside,
+                            test_IPv6_and_UNIX,
                             test_a_large_message}) {
         test();
         ++passed;
