@@ -367,6 +367,7 @@ void test_replies_out_of_shape() {
     mail.fault("NOOP").huge(1000).reply("450 x").times(1);
     mail.fault("NOOP").multiline(3).times(1);
     mail.fault("NOOP").byte_by_byte().times(1);
+    mail.fault("NOOP").raw("x").huge().times(1);
     mail.fault("NOOP").raw("250 a\rb\r\n").times(1);
     mail.fault("NOOP").reply("what").times(1);
     mail.fault("NOOP").reply("250").times(1);
@@ -380,6 +381,8 @@ void test_replies_out_of_shape() {
     assert(it.say("NOOP") == "450 x " + std::string(1000 - 8, 'x'));
     assert(it.say("NOOP") == "250-line 1\n250-line 2\n250-line 3\n250 OK");
     assert(it.say("NOOP") == "250 OK");
+    it.send("NOOP\r\n");
+    assert(it.only("x"));
     it.send("NOOP\r\n");
     assert(it.only("250 a\rb\r\n"));
     assert(it.say("NOOP") == "what" && it.say("NOOP") == "250 as told");
@@ -638,10 +641,13 @@ void test_scenario() {
     assert(has(mail.transcript(), "# connection 1, dropped\nS: 220-hello\nS: 220 there\nC: EHLO "));
     assert(code(mail) != 250 && has(mail.difference(5s), "+ a connection too many\n"));
 
-    const char* path = "fixture_test.scenario";
+    mail.play("");
+    assert(code(mail) == 250 && mail.difference(1ms) == "");
+
+    const std::string path = "fixture_test." + std::to_string(::getpid()) + ".scenario";
     std::ofstream(path) << text;
     mail.play_file(path);
-    std::remove(path);
+    std::remove(path.c_str());
     assert(code(mail) == 250 && code(mail) == 421 && mail.difference(5s) == "");
 }
 
