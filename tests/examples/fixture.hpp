@@ -504,7 +504,10 @@ class channel : public smtpd::SMTPChannel {
             const auto address = _getaddr(_strip_command_keyword(verb == "MAIL" ? "FROM:" : "TO:", about));
             if (address) about = address->first;
         }
-        if ((verb == "HELO" || verb == "EHLO") && !about.empty()) seen_greeting.clear();   // as RFC 5321, 4.1.4 has it
+        if ((verb == "HELO" || verb == "EHLO") && !about.empty()) {   // once more, too: RFC 5321, 4.1.4
+            seen_greeting.clear(), offered_.clear();
+            extended_smtp = false;
+        }
         const bool nested = verb == "MAIL" && !mailfrom.empty();
         line_ = line;
         step(verb, {about}, [&, this] {

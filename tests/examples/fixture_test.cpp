@@ -82,17 +82,12 @@ class client {
         for (char byte; receive(byte) > 0;) text += byte;
         return text;
     }
-    // Whether `bytes` are all that comes for a moment.
+    // Whether these bytes come, and then nothing for a moment.
     bool only(const std::string& bytes) {
-        const timeval moment{0, 30000};
-        ::setsockopt(sock_.fileno(), SOL_SOCKET, SO_RCVTIMEO, &moment, sizeof moment);
-        std::string text;
-        try {
-            for (char byte; sock_.recv(&byte, 1) > 0;) text += byte;
-        } catch (const std::system_error& error) {
-            return text == bytes && error.code().value() == EAGAIN;
-        }
-        return false;   // it has ended
+        for (const char expected : bytes)
+            if (char byte; receive(byte) == 0 || byte != expected) return false;
+        pollfd more{sock_.fileno(), POLLIN, 0};
+        return ::poll(&more, 1, 30) == 0;
     }
     int fileno() const { return sock_.fileno(); }
     void reset() {
@@ -398,7 +393,7 @@ void test_byte_by_byte() {
     std::size_t calls = 0;
     for (std::size_t got = 0; got < 7; ++calls)
         got += static_cast<std::size_t>(::recv(it.fileno(), bytes, sizeof bytes, 0));
-    assert(calls >= 4);   // a busy machine may take two of them together
+    assert(calls > 1);   // a busy machine may take some of them together
     assert(it.say("NOOP") == "250 OK");
 }
 
@@ -463,14 +458,15 @@ void test_EHLO_words() {
     mail_fixture mail(with);
     client it = client_at(mail, {});
     assert(it.say("EHLO x") == "250-localhost\n250-8BITMIME\n250-PIPELINING\n250 X-FOO bar");
+    assert(it.say("HELO x") == "250 localhost" && it.say("AUTH PLAIN").substr(0, 3) == "500");
     assert(it.say("EHLO again") == "250-localhost\n250-8BITMIME\n250-PIPELINING\n250 X-FOO bar");   // RFC 5321 lets it
     it.send("MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n");
     assert(it.hear() == "250 OK" && it.hear() == "250 OK" && it.hear().substr(0, 3) == "354");
     it.say("x\r\n.");
-    assert(mail.client_errors().empty());
-    it.send("NOOP\r\nNOOP\r\n");   // which may only stand last
+    assert(mail.client_errors().size() == 1);   // AUTH
+    it.send("NOOP\r\nNOOP\r\n");                // which may only stand last
     it.hear(), it.hear();
-    assert(mail.client_errors() == strings{"it does not wait for the reply to NOOP"});
+    assert(mail.client_errors()[1] == "it does not wait for the reply to NOOP");
 }
 
 // A login by all mechanisms: the replies' codes.
@@ -620,7 +616,7 @@ void test_what_the_client_did_wrong() {
     assert(errors_of("EHLO x\r\nMAIL FROM:<a@b> SIZE=3 BODY=8BITMIME\r\nQUIT\r\n", hidden) ==
            (strings{"SIZE=3 in MAIL, which EHLO did not offer", "BODY=8BITMIME in MAIL, which EHLO did not offer"}));
     mail_fixture late;
-    late.fault("greeting").delay(30ms);
+    late.fault("greeting").delay(200ms);
     client it(late.port());
     it.send("EHLO x\r\n");
     it.hear();
@@ -635,6 +631,7 @@ void test_scenario() {
         "close\n---\n\nS: 421 not now\nclose\n";
     mail.play(text);
     assert(code(mail) == 250);
+    assert(mail.wait_ended(1, 5s));
     assert(mail.difference(1ms) == "connection 2 of the scenario has not come to its end");
     assert(code(mail) == 421);
     assert(mail.difference(5s) == "");
