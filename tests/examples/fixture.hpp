@@ -377,6 +377,12 @@ struct book {
         return it;
     }
 
+    void end(connection& who, const std::string& how) {
+        change([&] {
+            if (who.ended.empty()) who.ended = how.empty() ? "stopped" : how;
+        });
+    }
+
     void tell(connection& who, const std::string& line) {
         change([&] {
             const bool fitted = who.transcript_size <= with.transcript_limit;
@@ -454,7 +460,7 @@ class channel : public smtpd::SMTPChannel {
             const asyncore::address& from)
         : SMTPChannel(server, std::move(sock), from), me(it.begin(from)), book_(it), with_(it.with) {
         command_size_limits["AUTH"] = auth_line_limit;
-        if (!connected) end();
+        if (!connected) book_.end(*me, "left");
     }
     std::string class_name() const override { return "fixture::channel"; }
 
@@ -512,7 +518,7 @@ class channel : public smtpd::SMTPChannel {
         line_ = line;
         step(verb, {about}, [&, this] {
             SMTPChannel::found_terminator();
-            check_command(verb, nested);
+            check_command(nested);
         });
         if (smtp_state == DATA) check_ = message_check(holds(mail_options, "BODY=8BITMIME"));
     }
@@ -545,11 +551,11 @@ class channel : public smtpd::SMTPChannel {
             text += (text.empty() ? "" : "\n") + it.substr(4);
         }
         replies_ = smtpd::reply{250, text}.line() + "\r\n";
-        note([&] { me->helo = seen_greeting; });
+        book_.change([&] { me->helo = seen_greeting; });
     }
     void smtp_HELO(argument arg) override {
         SMTPChannel::smtp_HELO(arg);
-        note([&] { me->helo = seen_greeting; });
+        book_.change([&] { me->helo = seen_greeting; });
     }
 
     void smtp_MAIL(argument arg) override {
@@ -632,7 +638,7 @@ class channel : public smtpd::SMTPChannel {
     }
     void close() override {
         if (smtp_state == DATA) tell_message();
-        end();
+        book_.end(*me, ending_);
         SMTPChannel::close();
     }
     void log_info(std::string_view text, std::string_view type) override {
@@ -644,19 +650,10 @@ class channel : public smtpd::SMTPChannel {
     enum { credentials = 2, user_name, password, digest };   // what the next line is: states beside DATA
     enum then { go_on, close_it, tls, mute, stop_reading } after_ = go_on;   // when the reply is out
 
-    template <typename Change>
-    void note(Change what) {
-        book_.change(what);
-    }
     void blame(const std::string& what) { book_.blame(*me, what); }
     void tell(const std::string& who, std::string_view text) {
         for (const std::string& line : lines_of(text, "\r\n")) book_.tell(*me, who + shown(line));
         if (text.empty()) book_.tell(*me, who);
-    }
-    void end() {
-        note([&] {
-            if (me->ended.empty()) me->ended = ending_.empty() ? "stopped" : ending_;
-        });
     }
 
     // One step of the conversation: a fault may come in between, or change what is said.
@@ -737,7 +734,7 @@ class channel : public smtpd::SMTPChannel {
         seen_greeting.clear(), offered_.clear();
         extended_smtp = false;
         set_socket(with_.tls(std::move(*socket)));
-        note([&] { me->tls = true, me->helo.clear(), me->user.clear(); });
+        book_.change([&] { me->tls = true, me->helo.clear(), me->user.clear(); });
     }
 
     // The client shall wait for a reply before it says more, unless it may pipeline (RFC 2920).
@@ -759,13 +756,11 @@ class channel : public smtpd::SMTPChannel {
     }
 
     // What our own reply says of the client.
-    void check_command(const std::string& verb, bool nested) {
+    void check_command(bool nested) {
         const std::string code = replies_.substr(0, 3), told = shown(line_);
-        const bool eight_bit =
-            std::any_of(line_.begin(), line_.end(), [](char c) { return static_cast<unsigned char>(c) > 127; });
-        if (eight_bit && !(verb == "MAIL" || verb == "RCPT")) blame("bytes that are not ASCII: " + told);
-        if (eight_bit && (verb == "MAIL" || verb == "RCPT") && !holds(mail_options, "SMTPUTF8"))
-            blame("an address that is not ASCII, without SMTPUTF8: " + told);
+        const auto eight_bit = [](char c) { return static_cast<unsigned char>(c) > 127; };
+        if (std::any_of(line_.begin(), line_.end(), eight_bit) && !holds(mail_options, "SMTPUTF8"))
+            blame("bytes that are not ASCII, without SMTPUTF8: " + told);
         if (code == "500" || code == "501" || code == "504" || code == "555")
             blame((after_message_ ? "no command, is a dot in the message not doubled? " : "no command that we know: ") +
                   told + ": " + shown(replies_.substr(0, replies_.size() - 2)));
@@ -839,7 +834,7 @@ class channel : public smtpd::SMTPChannel {
             ending_ = "dropped", confused_ = true;
             after_ = close_it;
         } else if (with_.who == logins::anybody || (with_.who == logins::listed && right && with_.users.count(user_))) {
-            note([&] { me->user = user_; });
+            book_.change([&] { me->user = user_; });
             push("235 2.7.0 Authentication successful");
         } else {
             push("535 5.7.8 Authentication credentials invalid");
@@ -864,30 +859,28 @@ class channel : public smtpd::SMTPChannel {
 // ---------------------------------------------------------------------------------------------------------
 
 // See mail_fixture::play(). Throws std::invalid_argument.
+inline scene_line parse_scene_line(const std::string& line) {
+    const std::string word = line.substr(0, line.find(' '));
+    const std::string rest = line.substr(std::min(word.size() + 1, line.size()));
+    if (word == "S:") return {scene_line::server, rest + "\r\n", {}, line};
+    if (word == "S") return {scene_line::server, rest, {}, line};
+    if (word == "C:") return {scene_line::client, rest, {}, line};
+    if (line == "close") return {scene_line::close, "", {}, line};
+    if (word != "wait") throw std::invalid_argument("not a line of a scenario: " + line);
+    fault time("");
+    add_action(time, "delay:" + rest);
+    return {scene_line::wait, "", time.wait, line};
+}
+
 inline std::vector<scene> parse_scenario(const std::string& text) {
     std::vector<scene> scenes(1);
     for (std::string line : lines_of(text, "\n")) {
         if (!line.empty() && line.back() == '\r') line.pop_back();
         line.erase(0, std::min(line.find_first_not_of(" \t"), line.size()));
-        if (line.empty() || line[0] == '#') continue;
-        const std::string word = line.substr(0, line.find(' '));
-        const std::string rest = line.substr(std::min(word.size() + 1, line.size()));
-        if (word == "S:")
-            scenes.back().push_back({scene_line::server, rest + "\r\n", {}, line});
-        else if (word == "S")
-            scenes.back().push_back({scene_line::server, rest, {}, line});
-        else if (word == "C:")
-            scenes.back().push_back({scene_line::client, rest, {}, line});
-        else if (word == "close")
-            scenes.back().push_back({scene_line::close, "", {}, line});
-        else if (word == "wait") {
-            fault time("");
-            add_action(time, "delay:" + rest);
-            scenes.back().push_back({scene_line::wait, "", time.wait, line});
-        } else if (word == "---")
+        if (line == "---")
             scenes.emplace_back();
-        else
-            throw std::invalid_argument("not a line of a scenario: " + line);
+        else if (!line.empty() && line[0] != '#')
+            scenes.back().push_back(parse_scene_line(line));
     }
     if (scenes.size() == 1 && scenes[0].empty()) scenes.clear();
     return scenes;
@@ -947,9 +940,7 @@ class player : public asynchat::async_chat {
         async_chat::handle_close();
     }
     void close() override {
-        book_.change([&] {
-            if (me_->ended.empty()) me_->ended = ending_.empty() ? "stopped" : ending_;
-        });
+        book_.end(*me_, ending_);
         async_chat::close();
     }
     void log_info(std::string_view, std::string_view) override {}

@@ -596,7 +596,7 @@ void test_what_the_client_did_wrong() {
     fixture::options utf8;
     utf8.server.enable_SMTPUTF8 = true;
     assert(errors_of("EHLO x\r\nMAIL FROM:<\xc3\xbc@b>\r\nRSET\r\nQUIT\r\n", utf8) ==
-           strings{"an address that is not ASCII, without SMTPUTF8: MAIL FROM:<\\xc3\\xbc@b>"});
+           strings{"bytes that are not ASCII, without SMTPUTF8: MAIL FROM:<\\xc3\\xbc@b>"});
     assert(errors_of("EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<\xc3\xbc@d>\r\nQUIT\r\n", utf8).size() == 1);
     assert(errors_of("EHLO x\r\nMAIL FROM:<\xc3\xbc@b> SMTPUTF8\r\nRCPT TO:<\xc3\xbc@d>\r\nQUIT\r\n", utf8) ==
            strings{});
@@ -672,7 +672,7 @@ void test_scenario_departed_from() {
         } catch (const std::invalid_argument&) {
             thrown = true;
         }
-        assert(thrown || std::string(bad) == "close now?");
+        assert(thrown);
     }
 }
 
