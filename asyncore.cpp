@@ -679,7 +679,18 @@ trigger::trigger(std::pair<socket_type, socket_type> pipe, map_type* map)
     : file_dispatcher(pipe.first.fileno(), map), write_end_(std::move(pipe.second)) {}
 
 // A pipe that is full wakes the loop as well.
-void trigger::wake() noexcept { (void)!::write(write_end_.fileno(), "", 1); }
+void trigger::wake() noexcept {
+    if (write_end_.fileno() >= 0) (void)!::write(write_end_.fileno(), "", 1);
+}
+
+void trigger::close() {
+    {
+        const std::lock_guard<std::mutex> guard(lock_);
+        write_end_.close();
+        thunks_.clear();
+    }
+    file_dispatcher::close();
+}
 
 // The lock is held for two lines, so no thread waits long. The thunk is queued before the byte is written: when the
 // loop wakes, it is there.
@@ -694,7 +705,8 @@ void trigger::pull_trigger(std::function<void()> thunk) {
 void trigger::handle_read() {
     recv(4096);
     std::unique_lock<std::mutex> guard(lock_);
-    for (std::size_t left = thunks_.size(); left > 0; --left) {   // those that come meanwhile have their own pass
+    for (std::size_t left = thunks_.size(); left > 0 && !thunks_.empty();
+         --left) {   // those that come meanwhile have their own pass
         const auto thunk = std::move(thunks_.front());
         thunks_.pop_front();
         guard.unlock();

@@ -365,6 +365,7 @@ class trigger : public file_dispatcher {
     void pull_trigger(std::function<void()> thunk = {});
     void handle_read() override;
     void handle_error() override;
+    void close() override;   // pull_trigger() then does nothing
 
   private:
     trigger(std::pair<socket_type, socket_type> pipe, map_type* map);

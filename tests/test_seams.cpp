@@ -120,6 +120,19 @@ TEST(seams, thunks_run_in_order_and_none_is_lost) {
     CHECK_EQ(map.size(), 1u);
 }
 
+// A thread may not know that the loop has ended.
+TEST(seams, a_trigger_that_is_closed) {
+    map_type map;
+    asyncore::trigger trigger(&map);
+    int calls = 0;
+    trigger.pull_trigger([&] { ++calls, trigger.close(); });
+    trigger.pull_trigger([&] { ++calls; });
+    asyncore::loop(1e12, false, &map);
+    trigger.pull_trigger([&] { ++calls; });
+    CHECK_EQ(calls, 1);
+    CHECK(map.empty());
+}
+
 TEST(seams, a_trigger_wakes_a_loop_that_waits_for_ever) {
     map_type map;
     asyncore::trigger trigger(&map);

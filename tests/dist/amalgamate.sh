@@ -1,6 +1,6 @@
 #!/bin/sh
 # Writes the library as two files, smtpd.hpp and smtpd.cpp, asyncore and asynchat inside, for copying into
-# another project. Usage: amalgamate.sh [DIRECTORY], by default the `dist` beside the sources.
+# another project; and fixture.hpp, the mail server for its tests. Usage: amalgamate.sh [DIRECTORY], by default the `dist` beside the sources.
 set -eu
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -16,7 +16,7 @@ version=$(sed -n 's/.*version = "[^"]* version \([0-9.]*\)".*/\1/p' smtpd.hpp)
 origin="version $version"
 if [ "$(git rev-parse --show-toplevel 2>/dev/null)" = "$(pwd -P)" ] && commit=$(git rev-parse --short=12 HEAD 2>/dev/null)
 then
-    git diff --quiet HEAD -- asyncore.hpp asyncore.cpp smtpd.hpp smtpd.cpp || commit="$commit, changed since"
+    git diff --quiet HEAD -- asyncore.hpp asyncore.cpp smtpd.hpp smtpd.cpp tests/examples/fixture.hpp || commit="$commit, changed since"
     origin="$origin (commit $commit)"
 fi
 
@@ -77,6 +77,11 @@ merge() {
     echo
     merge "$out/smtpd.hpp.new" asyncore.cpp smtpd.cpp
 } > "$out/smtpd.cpp.new"
+{
+    banner "a mail server for tests" "tests/examples/fixture.hpp"
+    cat tests/examples/fixture.hpp
+} > "$out/fixture.hpp.new"
+mv "$out/fixture.hpp.new" "$out/fixture.hpp"
 mv "$out/smtpd.hpp.new" "$out/smtpd.hpp"
 mv "$out/smtpd.cpp.new" "$out/smtpd.cpp"
-echo "$out/smtpd.hpp and $out/smtpd.cpp, $origin"
+echo "$out/smtpd.hpp, $out/smtpd.cpp and $out/fixture.hpp, $origin"

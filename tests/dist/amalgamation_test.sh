@@ -1,7 +1,7 @@
 #!/bin/sh
 # The two files of amalgamate.sh do as well as the four that they are made of: no warnings, with RTTI and without;
 # a header for any number of translation units; no symbol outside our namespaces and no macro but the include
-# guards, which holds for the four as well; and the core tests pass.
+# guards, which holds for the four as well; and the core tests pass. The third file, fixture.hpp, passes its own tests.
 # Usage: amalgamation_test.sh. CXX, JOBS (at once) and CORE_OBJECTS (a folder of the core tests' objects, which are
 # compiled here without it) come from the environment.
 set -eu
@@ -26,19 +26,20 @@ cd "$work"
 grep -l "$root" dist/* && fail "the sources' own path is in it"
 grep -n '^ *# *include "' dist/smtpd.hpp && fail "the header includes one of ours"
 [ "$(grep '^ *# *include "' dist/smtpd.cpp)" = '#include "smtpd.hpp"' ] || fail "the source includes more than its header"
-for file in dist/smtpd.hpp dist/smtpd.cpp; do
+[ "$(grep '^ *# *include "' dist/fixture.hpp)" = '#include "smtpd.hpp"' ] || fail "the fixture includes more than the header"
+for file in dist/smtpd.hpp dist/smtpd.cpp dist/fixture.hpp; do
     grep '^ *# *include <' $file | sort | uniq -d | grep . && fail "$file includes these more than once"
 done
 if [ -f "$root/LICENSE" ]; then
     notices=$(grep -c -i 'copyright' "$root/LICENSE")
-    for file in dist/smtpd.hpp dist/smtpd.cpp; do
+    for file in dist/smtpd.hpp dist/smtpd.cpp dist/fixture.hpp; do
         [ "$(grep -c -i copyright $file)" -ge "$notices" ] || fail "$file lacks a notice of LICENSE"
     done
 fi
-echo "ok: two files, no more"
+echo "ok: two files, no more, and the fixture"
 # A second run over the same sources gives the same bytes.
 "$root/tests/dist/amalgamate.sh" "$work/again" >/dev/null
-cmp dist/smtpd.hpp again/smtpd.hpp && cmp dist/smtpd.cpp again/smtpd.cpp || fail "two runs differ"
+cmp dist/smtpd.hpp again/smtpd.hpp && cmp dist/smtpd.cpp again/smtpd.cpp && cmp dist/fixture.hpp again/fixture.hpp || fail "two runs differ"
 
 # $CXX may be several words.
 $CXX $strict -O1 -Idist -c -o smtpd.o dist/smtpd.cpp || fail "warnings"
@@ -58,6 +59,17 @@ printf 'const void* one();\nconst void* two();\nint main() { return one() == two
 $CXX -o units main.cpp one.o two.o smtpd.o || fail "two translation units"
 ./units || fail "two translation units see two maps"
 echo "ok: two translation units"
+
+# The fixture: in two translation units, without RTTI, and its own tests.
+for unit in one two; do
+    printf '#include "fixture.hpp"\n#include "fixture.hpp"\nint %s() { return mail_fixture().port(); }\n' $unit >$unit.cpp
+    $CXX $strict -O0 -fno-rtti -Idist -c -o $unit.o $unit.cpp || fail "the fixture, twice"
+done
+printf 'int one();\nint two();\nint main() { return one() != two() ? 0 : 1; }\n' >main.cpp
+$CXX -o units main.cpp one.o two.o no_rtti/smtpd.o -lpthread && ./units || fail "the fixture in two translation units"
+cp "$root/tests/examples/fixture_test.cpp" .   # a copy: it shall see dist/fixture.hpp alone
+$CXX $strict -O0 -Idist -o fixture_test fixture_test.cpp smtpd.o -lpthread && ./fixture_test || fail "the fixture's tests"
+echo "ok: the fixture"
 
 # The macros that the header adds to those of the headers it includes.
 sed -n '/^ *# *include </p' dist/smtpd.hpp >system.hpp
@@ -81,7 +93,8 @@ for object in smtpd.o no_rtti/smtpd.o asyncore.part.o smtpd.part.o; do
         name ~ /^(__gxx_personality_v0|__clang_call_terminate)$/ && weak { next }
         { sub(/^_?_Z(GV|GR|T[VITSC]|Th[n0-9]+_|Tv[n0-9_]+)*Z?(N[KVRO]*)?/, "", name) }
         name ~ /^(8asyncore|8asynchat|5smtpd)/ { ours++; next }
-        name ~ /^(S[tabsiod]|9__gnu_cxx|n[wa][jmy]Pv$|d[la]PvS_$)/ && weak { next }
+        name ~ /^(S[tabsiod]|9__gnu_cxx|10__cxxabiv1|n[wa][jmy]Pv$|d[la]PvS_$)/ && weak { next }
+        name ~ /^P?F.*(8asyncore|5smtpd)/ && weak { next }   # the type of a function, for a std::function
         { print; strange++ }
         END { if (strange || !ours) exit 1 }
     ' || fail "$object gives away these names"

@@ -224,13 +224,16 @@ def proxy(path):
     return 'it passed a message on, and did not take the next one when it could not'
 
 
-def fake_upstream(path):
+def fault_server(path):
     with Program(path, 0) as program, program.smtp() as client:
         client.ehlo()
         same(client.mail('me@example.com')[0], 250)
         same([client.rcpt('you@example.com')[0] for _ in range(4)], [451, 451, 250, 250])
         same(client.data(MESSAGE)[0], 250)
-    with Program(path, 0, '.=1=452 full', 'MAIL=0=550 never', 'RSET=1=close') as program, program.smtp() as client:
+        client.docmd('FOO')
+        told = program.read_until(b'# client error: no command that we know: FOO')
+        assert b'\n2 S: 451 4.3.0 try again\n2 C: rcpt TO:' in told, told
+    with Program(path, 0, '.=1=452 full', 'MAIL=0=550 never', 'RSET=1=drop') as program, program.smtp() as client:
         client.ehlo()
         same([client.mail('me@example.com')[0] for _ in range(3)], [550] * 3)
         try:
@@ -245,14 +248,56 @@ def fake_upstream(path):
         except smtplib.SMTPDataError as error:
             same(error.smtp_code, 452)
         program.send()
-        program.read_until(b'taken: ')
+        for _ in range(3):   # memory is given back, and it goes on
+            program.send()
+    with Program(path, 0, 'none') as program, program.smtp() as client:
+        client.user, client.password = 'user', 'secret'
+        client.ehlo()
+        for mechanism in ('CRAM-MD5', 'PLAIN', 'LOGIN'):
+            same(client.auth(mechanism, getattr(client, 'auth_' + mechanism.lower().replace('-', '_')))[0], 235)
+            client.quit()
+            client.connect(HOST, program.port)
+            client.ehlo()
+    if shutil.which('curl'):
+        curl_meets_faults(path)
+    for wrong in ('RCPT', 'RCPT=nothing', 'greeting=delay:2'):
+        result = run(path, 0, wrong)
+        same((result.returncode, result.stdout.count(b'\n')), (1, 1))
     return 'two recipients were put off, then all was well; other faults as told'
+
+
+def curl_meets_faults(path):
+    """libcurl, which many programs send mail with: what it makes of a fault, and that it does nothing wrong."""
+    def curl(program, *more):
+        return subprocess.run(['curl', '-s', '-S', '-m', '2', '--mail-from', 'me@example.com', '--mail-rcpt', 'you@example.com',
+                               '-T', '-', 'smtp://%s:%d/client' % (HOST, program.port), *more],
+                              input=MESSAGE.replace('\n', '\r\n').encode(), stderr=subprocess.PIPE, timeout=60).returncode
+
+    for fault, expected in (('none', 0), ('greeting=delay:100ms', 0), ('MAIL=slow', 0), ('EHLO=lines:200', 0),
+                            ('greeting=drop', 56), ('RCPT=550', 55), ('greeting=silence', 28), ('EHLO=502', 0)):
+        with Program(path, 0, fault) as program:
+            same((fault, curl(program)), (fault, expected))
+            if not expected:
+                told = program.read_until(b'S: 221 Bye')
+                assert b'client error' not in told, told
+    with Program(path, 0, 'none') as program:
+        same(curl(program, '--user', 'user:secret', '--login-options', 'AUTH=CRAM-MD5'), 0)
+        assert b' S: 235 ' in program.read_until(b'S: 221 Bye')
 
 
 def fixture_test(path):
     result = run(path)
-    same((result.returncode, result.stdout), (0, b'4 tests passed\n'))
+    same((result.returncode, result.stdout), (0, b'27 tests passed\n'))
     return 'its tests passed'
+
+
+def with_framework(path):
+    result = run(path)
+    assert result.returncode == 0, result.stdout.decode()
+    return 'a message came, and one was refused'
+
+
+fixture_gtest = fixture_catch2 = fixture_doctest = with_framework
 
 
 def tsan(path):

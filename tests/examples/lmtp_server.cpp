@@ -21,12 +21,10 @@ struct LMTPChannel : smtpd::SMTPChannel {
         answers = smtp_state == DATA ? rcpttos.size() : 1;
         SMTPChannel::found_terminator();
     }
-    // What process_message() returns has a line for each recipient. Anything else that is said of a message,
-    // such as 552 for one that is too large, is said of each.
+    // process_message() answers for each recipient. Anything else that is said of a message, such as 552 for one
+    // that is too large, is said of each.
     void push(std::string_view msg) override {
-        const std::size_t times = std::exchange(answers, 1);
-        if (msg.find("\r\n") != msg.npos) return SMTPChannel::push(msg);
-        for (std::size_t i = 0; i < times; ++i) SMTPChannel::push(msg);
+        for (std::size_t left = std::exchange(answers, 1); left > 0; --left) SMTPChannel::push(msg);
     }
 };
 
@@ -38,15 +36,17 @@ struct LMTPServer : smtpd::SMTPServer {
     }
     std::optional<std::string> process_message(const asyncore::address&, const std::string&,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
-                                               const smtpd::message_options&) override {
-        std::string answers;
+                                               const smtpd::message_options& kwargs) override {
+        auto& channel = static_cast<LMTPChannel&>(*kwargs.channel());
+        std::string answer;
+        channel.answers = 1;
         for (const auto& rcptto : rcpttos) {
             const bool known = rcptto.compare(0, 2, "no") != 0;
             if (known) std::cout << data.size() << " bytes for " << rcptto << std::endl;
-            if (!answers.empty()) answers += "\r\n";
-            answers += known ? "250 OK" : "550 no such user";
+            if (!answer.empty()) channel.push(answer);
+            answer = known ? "250 OK" : "550 no such user";
         }
-        return answers;
+        return answer;   // the last one
     }
 };
 

@@ -52,7 +52,8 @@ build() {
         sed "s/1025/$port/" "$source" >"$work/$1.cpp" || return 1
         source=$work/$1.cpp ;;
     my_smtpd) with="$with $work/main.o" ;;
-    fixture_test) with="$with -I$here -pthread" ;;
+    fixture_gtest) with="$with -lgtest -lgtest_main -pthread" ;;
+    fixture_* | fault_server) with="$with -pthread" ;;
     echo_server | http_client | chat_room) with=$work/asyncore.o ;;   # asyncore stands alone
     tls_proxy)   # in front of tls_server
         build tls_server || return 1
@@ -76,6 +77,12 @@ has_openssl() {
     $cxx $flags -o "$work/openssl" "$work/openssl.cpp" -lssl -lcrypto 2>/dev/null && command -v openssl >/dev/null
 }
 
+# Whether the test framework of a fixture_*.cpp is there: whether its header is.
+has_framework() {
+    sed -n '1,/^#include </p' "$here/$1.cpp" | grep '^#include' >"$work/framework.cpp"
+    $cxx -fsyntax-only "$work/framework.cpp" 2>/dev/null
+}
+
 passed=0 failed=0 openssl=
 for name in "$@"; do
     name=$(basename "$name" .cpp)
@@ -86,7 +93,14 @@ for name in "$@"; do
         continue
     fi
     driver=drive.py
-    case $name in tls_*)
+    case $name in
+    fixture_gtest | fixture_catch2 | fixture_doctest)
+        if ! has_framework $name; then
+            echo "skipped: $name, its framework is not installed (Debian: libgtest-dev, catch2, doctest-dev)"
+            [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
+            continue
+        fi ;;
+    tls_*)
         driver=tls_test.py
         [ -n "$openssl" ] || { has_openssl && openssl=yes || openssl=no; }
         if [ $openssl = no ]; then
