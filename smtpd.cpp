@@ -788,11 +788,7 @@ std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore:
 
 void SMTPServer::stop(std::chrono::milliseconds grace) {
     const auto bound = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
-    try {
-        close();
-    } catch (const std::system_error&) {
-        // it listens no more, whatever close() says
-    }
+    succeeds([this] { close(); });   // it listens no more, whatever close() says
     for (auto next = channels_.begin(); next != channels_.end();) {
         SMTPChannel& channel = **next;
         deferred_reply::owed::guarded(channel, [&] { channel.stop(bound); });
@@ -842,12 +838,10 @@ void SMTPServer::pause_accepting() {
 // Descriptors have run out: the spare one serves to tell a client so.
 void SMTPServer::turn_away() {
     pause_accepting();
-    try {
+    succeeds([this] {
         spare_.close();
         if (auto pair = accept()) pair->first->send(too_many_connections);
-    } catch (const std::exception&) {
-        // it will be told another time
-    }
+    });
     spare_ = asyncore::socket_type(open_spare());
 }
 
@@ -1353,8 +1347,11 @@ std::string date_now() {
     ::gmtime_r(&now, &tm);
     char text[64];
     std::strftime(text, sizeof text, "day, %d mon %Y %H:%M:%S +0000", &tm);
-    std::memcpy(text, &"SunMonTueWedThuFriSat"[3 * tm.tm_wday], 3);   // strftime() would ask the locale
-    std::memcpy(text + 8, &"JanFebMarAprMayJunJulAugSepOctNovDec"[3 * tm.tm_mon], 3);
+    const auto name = [](const char* names, int which) {
+        return names + std::size_t{3} * static_cast<unsigned>(which);
+    };
+    std::memcpy(text, name("SunMonTueWedThuFriSat", tm.tm_wday), 3);   // strftime() would ask the locale
+    std::memcpy(text + 8, name("JanFebMarAprMayJunJulAugSepOctNovDec", tm.tm_mon), 3);
     return text;
 }
 

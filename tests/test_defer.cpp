@@ -674,7 +674,7 @@ TEST(stop, those_who_have_nothing_in_hand_go_at_once) {
     it.server.stop(10s);
     CHECK_EQ(support::wait_for_eof(it.map, it.end()), SHUTTING_DOWN + "\r\n");
     CHECK_EQ(support::wait_for_eof(it.map, second), support::banner("") + SHUTTING_DOWN + "\r\n");
-    CHECK(it.map.empty());   // loop() returns
+    CHECK(it.map.empty());                   // loop() returns
     CHECK(it.server.socket->fileno() < 0);   // its port may be another program's by now
 }
 

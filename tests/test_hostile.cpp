@@ -83,7 +83,8 @@ static void gone_while_owed(bool use_poll, bool input_waits) {
     };
     wire client = wire::tcp("127.0.0.1", server.port());
     client.send("HELO a\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n");
-    run_until(map, [&] { return owed.size() == 1; }, use_poll);
+    run_until(
+        map, [&] { return owed.size() == 1; }, use_poll);
     if (input_waits) client.send(std::string(1000, 'x'));
     reset(client);
     const auto start = asyncore::clock::now();
@@ -187,8 +188,8 @@ TEST(hostile, room_for_a_message_is_a_wish) {
         smtpd::options with;
         with.data_size_limit = limit;
         session it(with);
-        it.line("EHLO a", "250-\r\n" + (limit ? "250-SIZE " + std::to_string(limit) + "\r\n" : "") +
-                              "250-8BITMIME\r\n250 HELP");
+        it.line("EHLO a",
+                "250-\r\n" + (limit ? "250-SIZE " + std::to_string(limit) + "\r\n" : "") + "250-8BITMIME\r\n250 HELP");
         it.lines({{"MAIL FROM:<a@b> SIZE=" + std::to_string(limit ? limit : 99999999999), "250 OK"},
                   {"RCPT TO:<c@d>", "250 OK"},
                   {"DATA", "354 End data with <CR><LF>.<CR><LF>"}});
@@ -200,7 +201,8 @@ TEST(hostile, room_for_a_message_is_a_wish) {
             std::fclose(file);
         }
         rlimit tight = before;
-        if (pages > 0) tight.rlim_cur = static_cast<rlim_t>(pages) * static_cast<rlim_t>(::sysconf(_SC_PAGESIZE)) + (24 << 20);
+        if (pages > 0)
+            tight.rlim_cur = static_cast<rlim_t>(pages) * static_cast<rlim_t>(::sysconf(_SC_PAGESIZE)) + (24 << 20);
         ::setrlimit(RLIMIT_AS, &tight);
         for (int i = 0; i < 5000; ++i) {
             it.end().send(line + "\r\n");
@@ -483,8 +485,8 @@ TEST(hostile, replies_that_are_none) {
     talking<refusing> it;
     support::captured out(std::cout);
     it.line("HELO a", "250 mx.test");
-    for (const std::string bad : {"no such user", "250 OK", "550 a\r\n250 b", "550 a\r\n", "550-a", "55", "550x", "550 a\nb",
-                                  "354 go", "650 x", "550-a\r\n551 b"}) {
+    for (const std::string bad : {"no such user", "250 OK", "550 a\r\n250 b", "550 a\r\n", "550-a", "55", "550x",
+                                  "550 a\nb", "354 go", "650 x", "550-a\r\n551 b"}) {
         it.channel().refusal = bad;
         it.line("MAIL FROM:<a@b>", COMMAND_NOT_PROCESSED);
     }

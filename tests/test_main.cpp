@@ -101,7 +101,7 @@ void on_crash(int signal) {
 
 #endif
 
-}  // namespace
+}   // namespace
 
 registration::registration(const char* suite, const char* name, void (*body)()) {
     entries().push_back({std::string(suite) + "." + name, body});
@@ -113,7 +113,7 @@ void fail(const char* file, int line, const std::string& what) {
     throw failure(std::string(file) + ":" + std::to_string(line) + ": " + what);
 }
 
-}  // namespace test
+}   // namespace test
 
 int main(int argc, char** argv) {
     std::signal(SIGPIPE, SIG_DFL);   // the library must never raise it

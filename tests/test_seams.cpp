@@ -64,7 +64,8 @@ TEST(seams, a_worker_answers_a_thousand_replies_and_stops_the_loop) {
                 continue;
             }
             // The token belongs to the loop: it goes there in the thunk.
-            trigger.pull_trigger([reply = std::move(work.front()), done] { reply.answer("250 " + std::to_string(done)); });
+            trigger.pull_trigger(
+                [reply = std::move(work.front()), done] { reply.answer("250 " + std::to_string(done)); });
             work.pop_front();
             ++done;
         }
@@ -280,7 +281,8 @@ TEST(seams, a_new_socket_in_the_middle) {
         std::unique_ptr<asyncore::socket_type> next;
         using SMTPChannel::SMTPChannel;
         command find_command(std::string_view verb) override {
-            return verb == "STARTTLS" ? static_cast<command>(&changing::smtp_STARTTLS) : SMTPChannel::find_command(verb);
+            return verb == "STARTTLS" ? static_cast<command>(&changing::smtp_STARTTLS)
+                                      : SMTPChannel::find_command(verb);
         }
         void smtp_STARTTLS(argument) {
             push("220 go ahead");

@@ -1,6 +1,6 @@
 // A server of one's own: tells what each message is.
-#include "smtpd.hpp"
 #include <iostream>
+#include "smtpd.hpp"
 
 struct CustomServer : smtpd::SMTPServer {
     using SMTPServer::SMTPServer;

@@ -11,8 +11,9 @@ struct MyServer : smtpd::SMTPServer {
 
     std::unique_ptr<smtpd::SMTPChannel> channel_class(std::unique_ptr<asyncore::socket_type> conn,
                                                       const asyncore::address& from) override;
-    std::optional<std::string> process_message(const asyncore::address&, const std::string&, const std::vector<std::string>&,
-                                               std::string&& data, const smtpd::message_options&) override {
+    std::optional<std::string> process_message(const asyncore::address&, const std::string&,
+                                               const std::vector<std::string>&, std::string&& data,
+                                               const smtpd::message_options&) override {
         if (data.find("lottery") != data.npos) return "554 no, thank you";
         return "250 message " + std::to_string(++count);
     }
@@ -29,7 +30,9 @@ struct MyChannel : smtpd::SMTPChannel {
         return verb == "XCOUNT" ? static_cast<command>(&MyChannel::smtp_XCOUNT) : SMTPChannel::find_command(verb);
     }
     std::vector<std::string> extensions() const override { return {"XCOUNT"}; }
-    std::string syntax(std::string_view verb) const override { return verb == "XCOUNT" ? "XCOUNT" : SMTPChannel::syntax(verb); }
+    std::string syntax(std::string_view verb) const override {
+        return verb == "XCOUNT" ? "XCOUNT" : SMTPChannel::syntax(verb);
+    }
     void smtp_XCOUNT(argument arg) {
         if (arg) return push("501 Syntax: XCOUNT");
         push(smtpd::reply{250, "so far\n" + std::to_string(server().count) + " messages"}.line());

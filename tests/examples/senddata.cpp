@@ -1,6 +1,6 @@
 // A client: sends one message to the server at 127.0.0.1:1025.
-#include "smtpd.hpp"
 #include <iostream>
+#include "smtpd.hpp"
 
 int main() {
     const std::string message =
