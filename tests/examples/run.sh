@@ -65,12 +65,7 @@ build() {
     compile "$work/$1" $source $with
 }
 
-# Whether programs can be made with ThreadSanitizer, and run.
-has_tsan() {
-    echo 'int main() {}' >"$work/empty.cpp"
-    $cxx $flags -fsanitize=thread -pthread -o "$work/empty" "$work/empty.cpp" 2>/dev/null && "$work/empty" 2>/dev/null
-}
-
+# Whether programs can be made with OpenSSL, and certificates.
 has_openssl() {
     echo '#include <openssl/ssl.h>
         int main() { return SSL_CTX_new(TLS_method()) == nullptr; }' >"$work/openssl.cpp"
@@ -83,15 +78,15 @@ has_framework() {
     $cxx -fsyntax-only "$work/framework.cpp" 2>/dev/null
 }
 
+# Whether programs can be made with ThreadSanitizer, and run.
+has_tsan() {
+    echo 'int main() {}' >"$work/empty.cpp"
+    $cxx $flags -fsanitize=thread -pthread -o "$work/empty" "$work/empty.cpp" 2>/dev/null && "$work/empty" 2>/dev/null
+}
+
 passed=0 failed=0 openssl=
 for name in "$@"; do
     name=$(basename "$name" .cpp)
-    case " $flags" in *-fsanitize=*) [ "$name" = tsan ] && continue ;; esac
-    if [ "$name" = tsan ] && ! has_tsan; then
-        echo "skipped: the fixture with ThreadSanitizer, which this compiler does not have"
-        [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
-        continue
-    fi
     driver=drive.py
     case $name in
     fixture_gtest | fixture_catch2 | fixture_doctest)
@@ -109,6 +104,12 @@ for name in "$@"; do
             continue
         fi ;;
     esac
+    case " $flags" in *-fsanitize=*) [ "$name" = tsan ] && continue ;; esac
+    if [ "$name" = tsan ] && ! has_tsan; then
+        echo "skipped: the fixture with ThreadSanitizer, which this compiler does not have"
+        [ "${NO_SKIP:-}" = 1 ] && failed=$((failed + 1))
+        continue
+    fi
     port=
     if build "$name" && python3 "$here/$driver" "$name" "$work/$name" $port; then
         passed=$((passed + 1))

@@ -3,8 +3,8 @@
 // Usage: tls_server CERT KEY [PORT [SMTPS_PORT [USER:PASSWORD]]]
 //
 //  openssl req -x509 -newkey rsa -nodes -subj /CN=me -addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem
-//  ./tls_server cert.pem key.pem & curl --ssl-reqd --cacert cert.pem smtp://localhost:1025 --mail-rcpt me -T
-//     README.md
+//  ./tls_server cert.pem key.pem
+//  curl --ssl-reqd --cacert cert.pem smtp://localhost:1025 --mail-rcpt me -T README.md
 //
 // Compile with: c++ -std=c++17 -I. tests/examples/tls_server.cpp smtpd.cpp asyncore.cpp -lssl -lcrypto -o tls_server
 #include <iostream>

@@ -43,9 +43,11 @@ class Certificates:
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory()
-        for name, key, names in (('cert', 'key', 'DNS:localhost,IP:127.0.0.1'), ('other', 'other-key', 'DNS:other.test')):
-            subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=' + name,
-                            '-addext', 'subjectAltName=' + names, '-keyout', self.path(key), '-out', self.path(name)],
+        for name, key, names in (('cert', 'key', 'DNS:localhost,IP:127.0.0.1'),
+                                 ('other', 'other-key', 'DNS:other.test')):
+            subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2',
+                            '-subj', '/CN=' + name, '-addext', 'subjectAltName=' + names,
+                            '-keyout', self.path(key), '-out', self.path(name)],
                            check=True, capture_output=True)
         self.cert, self.key = self.path('cert'), self.path('key')
         self.other, self.other_key = self.path('other'), self.path('other-key')
@@ -83,7 +85,8 @@ class Both(Program):
         """KiB, at most; with AddressSanitizer, which gives nothing back for a while, 0."""
         if 'libasan' in pathlib.Path('/proc/%d/maps' % self.process.pid).read_text():
             return 0
-        return int(re.search(r'VmHWM:\s+(\d+)', pathlib.Path('/proc/%d/status' % self.process.pid).read_text()).group(1))
+        status = pathlib.Path('/proc/%d/status' % self.process.pid).read_text()
+        return int(re.search(r'VmHWM:\s+(\d+)', status).group(1))
 
     def idles(self, seconds, what):
         """It must do so now: a loop that spins takes all of that time."""
@@ -166,8 +169,8 @@ def clients(certificates, port, smtps):
     if has('swaks'):
         for how, to in ('--tls', port), ('--tls-on-connect', smtps):
             name = 'swaks ' + how
-            yield name, ['swaks', how, '--server', '%s:%d' % (HOST, to), '--to', 'you@example.com', '--from', 'me@example.com',
-                         '--helo', 'x', '--data', text.replace('\r\n', '\n') % name], ''
+            yield name, ['swaks', how, '--server', '%s:%d' % (HOST, to), '--to', 'you@example.com',
+                         '--from', 'me@example.com', '--helo', 'x', '--data', text.replace('\r\n', '\n') % name], ''
     if has('curl'):
         for scheme, to in ('smtp', port), ('smtps', smtps):
             name = 'curl ' + scheme
@@ -177,8 +180,8 @@ def clients(certificates, port, smtps):
         for how, to in (['-starttls', 'smtp'], port), ([], smtps):
             name = 'openssl ' + ' '.join([version] + how)
             yield name, ['openssl', 's_client', version] + how + [
-                '-quiet', '-crlf', '-connect', '%s:%d' % (HOST, to), '-CAfile', certificates.cert, '-verify_return_error',
-                '-verify_hostname', 'localhost'], (
+                '-quiet', '-crlf', '-connect', '%s:%d' % (HOST, to), '-CAfile', certificates.cert,
+                '-verify_return_error', '-verify_hostname', 'localhost'], (
                 'EHLO x\nMAIL FROM:<me@example.com>\nRCPT TO:<you@example.com>\nDATA\n' + text % name + '.\nQUIT\n'
                 ).replace('\r', '')
 
@@ -186,7 +189,8 @@ def clients(certificates, port, smtps):
 def send_by_all(program, certificates, smtps):
     names = []
     for name, command, text in clients(certificates, program.port, smtps):
-        result = subprocess.run(command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+        result = subprocess.run(command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                timeout=60)
         same((name, result.returncode, result.stdout * (result.returncode != 0)), (name, 0, ''))
         names.append(name)
     for smtp in (smtplib.SMTP(HOST, program.port, 'x', PATIENCE),
@@ -257,14 +261,15 @@ def tls_server(path):
             assert program.memory() < before + 10000, (before, program.memory())
             if has('swaks'):
                 for how, to in ('--tls', program.port), ('--tls-on-connect', program.smtps):
-                    same(run('swaks', how, '--server', '%s:%d' % (HOST, to), '--to', 'you@example.com', '--auth', 'LOGIN',
-                             '--auth-user', 'user', '--auth-password', 'secret').returncode, 0)
+                    same(run('swaks', how, '--server', '%s:%d' % (HOST, to), '--to', 'you@example.com',
+                             '--auth', 'LOGIN', '--auth-user', 'user', '--auth-password', 'secret').returncode, 0)
     return '%s; AUTH only where all is encrypted' % ', '.join(names)
 
 
 def tls_send(path):
     def send(port, how, expected, host='localhost', trust=None):
-        result = subprocess.run([path, host, str(port), how, 'me@example.com', 'you@example.com', trust or certificates.cert],
+        command = [path, host, str(port), how, 'me@example.com', 'you@example.com', trust or certificates.cert]
+        result = subprocess.run(command,
                                 input=MESSAGE.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
         said = result.stdout.decode()
         assert re.match(expected, said), '%r, not %r' % (said, expected)
@@ -396,7 +401,8 @@ def tls_proxy(path):
                     server.read_until(b'\n\nclear, then ' + how.encode())
                 with Program(path, *ours, 0, 'localhost', port, how, certificates.other) as program:
                     refused_by(program)
-                    same(program.read_until(b'\n'), b'next server: certificate verify failed: self-signed certificate\n')
+                    same(program.read_until(b'\n'),
+                         b'next server: certificate verify failed: self-signed certificate\n')
         with Both(folder / 'tls_server', certificates.other, certificates.other_key, 0, 0) as server:
             for how, port in ('starttls', server.port), ('smtps', server.smtps):
                 with Program(path, *ours, 0, 'localhost', port, how, certificates.other) as program:
@@ -421,21 +427,25 @@ def postfix(path, ours, certificates):
         def __init__(self, relay, options):
             super().__init__()
             for name in ('cert.pem', 'key.pem'):
-                self.write(name, pathlib.Path(certificates.path(name[:-4])).read_text(), 0o600 if name[0] == 'k' else 0o644)
+                text = pathlib.Path(certificates.path(name[:-4])).read_text()
+                self.write(name, text, 0o600 if name[0] == 'k' else 0o644)
             main = pathlib.Path(self.path('etc/main.cf'))
             main.write_text(re.sub('relay_(domains|transport) =.*', '', main.read_text()) + '\n'.join((
                 'smtp_tls_loglevel = 1',
                 'smtpd_tls_security_level = encrypt', 'smtpd_tls_cert_file = ' + self.path('cert.pem'),
                 'smtpd_tls_key_file = ' + self.path('key.pem'), 'smtp_tls_CAfile = ' + self.path('cert.pem'),
-                'smtp_tls_security_level = verify', 'smtp_tls_verify_cert_match = localhost', 'smtp_dns_support_level = disabled',
-                'smtp_host_lookup = native', 'relay_domains = relay.test', 'relay_transport = smtp:[localhost]:%d' % relay,
+                'smtp_tls_security_level = verify', 'smtp_tls_verify_cert_match = localhost',
+                'smtp_dns_support_level = disabled',
+                'smtp_host_lookup = native', 'relay_domains = relay.test',
+                'relay_transport = smtp:[localhost]:%d' % relay,
                 *options, '')))
             master = pathlib.Path(self.path('etc/master.cf'))
             master.write_text(master.read_text() + 'smtp unix - - n - - smtp\ntlsmgr unix - - n 1000? 1 tlsmgr\n')
 
     told = []
     # As the next server.
-    with Postfix(1, []) as server, Program(path, *ours, 0, 'localhost', server.port, 'starttls', certificates.cert) as program:
+    with Postfix(1, []) as server, \
+            Program(path, *ours, 0, 'localhost', server.port, 'starttls', certificates.cert) as program:
         program.send('Subject: Test\n\nHello, Postfix\n', to='you@example.test')
         (message,) = server.wait_for(1)
         assert b'Hello, Postfix' in message.content and b'with ESMTPS id' in message.raw, message.raw
@@ -443,7 +453,8 @@ def postfix(path, ours, certificates):
     # As the client.
     for smtps in False, True:
         with Both(pathlib.Path(path).parent / 'tls_server', *ours, 0, 0) as program:
-            with Postfix(program.smtps if smtps else program.port, ['smtp_tls_wrappermode = yes'] if smtps else []) as client:
+            port, wrapped = (program.smtps, ['smtp_tls_wrappermode = yes']) if smtps else (program.port, [])
+            with Postfix(port, wrapped) as client:
                 with smtplib.SMTP(HOST, client.port, 'x', PATIENCE) as smtp:
                     smtp.starttls()
                     smtp.sendmail('me@example.com', 'you@relay.test', 'Subject: Test\n\nHello from Postfix\n')
@@ -484,8 +495,9 @@ def tls_test(path):
         with server() as program:
             before = program.descriptors()
             # Commands before the handshake, in one packet with STARTTLS: none of them counts.
-            for attack in b'MAIL FROM:<eve@example.com>\r\n', b'EHLO eve\r\nMAIL FROM:<eve@example.com>\r\nRCPT TO:<x@y>\r\n', \
-                    b'NOO', b'\r\n', b'STARTTLS\r\n', b'NOOP\r\n' * 10000, b'RSET\r\nDATA\r\n':
+            for attack in b'MAIL FROM:<eve@example.com>\r\n', \
+                    b'EHLO eve\r\nMAIL FROM:<eve@example.com>\r\nRCPT TO:<x@y>\r\n', b'RSET\r\nDATA\r\n', \
+                    b'NOO', b'\r\n', b'STARTTLS\r\n', b'NOOP\r\n' * 10000:
                 with Talk(program, certificates, plain=True) as talk:
                     talk.says('EHLO x', '250')
                     with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -519,7 +531,8 @@ def tls_test(path):
                 sock.close()   # a reset
 
             # No TLS at all.
-            for said in b'EHLO x\r\n', b'GET / HTTP/1.0\r\n\r\n', os.urandom(1000), b'\x16\x03\x01\xff\xff' + b'x' * 70000, b'\x15' * 20:
+            for said in b'EHLO x\r\n', b'GET / HTTP/1.0\r\n\r\n', os.urandom(1000), \
+                    b'\x16\x03\x01\xff\xff' + b'x' * 70000, b'\x15' * 20:
                 with contextlib.suppress(OSError):
                     sock = program.raw(program.smtps)
                     sock.sendall(said)
@@ -602,7 +615,8 @@ def tls_test(path):
         with server(60000, 65536, 4096) as program:
             with Program(path, 'flood', program.smtps, announced=False) as client:
                 client.read_until(b'blocked')
-                told.append('new keys and no end: %.2f s in 1 s' % program.idles(1.0, 'a client that asks for new keys'))
+                used = program.idles(1.0, 'a client that asks for new keys')
+                told.append('new keys and no end: %.2f s in 1 s' % used)
             program.is_well(certificates)
 
         # All that a record holds is handled, however little is read at a time; and none of it is lost.
