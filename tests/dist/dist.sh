@@ -22,7 +22,8 @@ rm -f "$out"/smtpd-*-linux-musl
 machine=$(uname -m)
 if find_zig; then
     "$ZIG" c++ -target "$machine-linux-musl" -static -s -O2 -std=c++17 -w -I. -o "$out/smtpd-$version-$machine-linux-musl" \
-        main.cpp smtpd.cpp asyncore.cpp
+        main.cpp smtpd.cpp asyncore.cpp 2>"$out/log" || { cat "$out/log" >&2; exit 1; }
+    rm "$out/log"   # which is long when Zig has built its library
 else
     echo "skipped: the static program: there is no Zig; tests/dist/unix.sh linux-musl-static installs it"
 fi
