@@ -1,8 +1,13 @@
 .POSIX:
 .SUFFIXES:
 .SUFFIXES: .cpp .o
+.PHONY: all run test bench study amalgamation dist deb install uninstall clean
 
+# What a system needs besides: STANDARD=gnu++17 on Cygwin; LIBS="-lsocket -lnsl" on Solaris and illumos, -lsocket on QNX,
+# -lnetwork on Haiku.
 CXX = c++
+STANDARD = c++17
+LIBS =
 CXXFLAGS = -O2
 TESTFLAGS = -O0
 WARNINGS = -Wall -Wextra -Wpedantic
@@ -21,14 +26,14 @@ TESTS = tests/test_main.o tests/support.o tests/upstream.o tests/test_addresses.
 all: smtpd
 
 smtpd: main.o $(LIBRARY)
-	$(CXX) -o $@ $(LDFLAGS) main.o $(LIBRARY)
+	$(CXX) -o $@ $(LDFLAGS) main.o $(LIBRARY) $(LIBS)
 
 libsmtpd.a: $(LIBRARY)
 	rm -f $@
 	ar rc $@ $(LIBRARY)
 
 .cpp.o:
-	$(CXX) -std=c++17 $(WARNINGS) $(CXXFLAGS) `case $@ in tests/*) echo $(TESTFLAGS) ;; esac` -I. -c -o $@ $<
+	$(CXX) -std=$(STANDARD) $(WARNINGS) $(CXXFLAGS) `case $@ in tests/*) echo $(TESTFLAGS) ;; esac` -I. -c -o $@ $<
 
 asyncore.o: asyncore.hpp
 smtpd.o main.o: $(HEADERS)
@@ -44,7 +49,7 @@ test: smtpd tests/core
 	./tests/core
 
 tests/core: $(TESTS) $(LIBRARY)
-	$(CXX) -o $@ $(LDFLAGS) $(TESTS) $(LIBRARY) -lpthread
+	$(CXX) -o $@ $(LDFLAGS) $(TESTS) $(LIBRARY) $(LIBS) -lpthread
 
 # tests/examples/bin/: those that have what they need here; the others are told.
 examples: main.o $(LIBRARY)
@@ -60,24 +65,18 @@ study:
 amalgamation:
 	sh tests/dist/amalgamate.sh
 
+# dist/: a release, which is a tarball, the two files, a static program (with Zig), their checksums
+dist: amalgamation
+	sh tests/dist/dist.sh
+
+deb:
+	sh tests/dist/deb.sh
+
 install: smtpd libsmtpd.a
-	for folder in bin include lib/pkgconfig lib/cmake/smtpd share/man/man1 share/doc/smtpd; do \
-	    mkdir -p $(DESTDIR)$(PREFIX)/$$folder || exit 1; done
-	cp smtpd $(DESTDIR)$(PREFIX)/bin
-	cp $(HEADERS) $(DESTDIR)$(PREFIX)/include
-	cp libsmtpd.a $(DESTDIR)$(PREFIX)/lib
-	cp tests/dist/smtpdConfig.cmake $(DESTDIR)$(PREFIX)/lib/cmake/smtpd
-	cp tests/dist/smtpd.1 $(DESTDIR)$(PREFIX)/share/man/man1
-	cp LICENSE $(DESTDIR)$(PREFIX)/share/doc/smtpd
-	version=`sed -n 's/.* version = ".* version \([0-9.]*\)".*/\1/p' smtpd.hpp` && \
-	    sed -e 's,@PC_INCLUDEDIR@,../../include,' -e 's,@PC_LIBDIR@,..,' -e "s,@PROJECT_VERSION@,$$version," \
-	    tests/dist/smtpd.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/smtpd.pc && \
-	    sed "s,@PROJECT_VERSION@,$$version," tests/dist/smtpdConfigVersion.cmake.in > \
-	    $(DESTDIR)$(PREFIX)/lib/cmake/smtpd/smtpdConfigVersion.cmake
+	LIBS="$(LIBS)" sh tests/dist/install.sh install "$(DESTDIR)$(PREFIX)"
 
 uninstall:
-	cd $(DESTDIR)$(PREFIX) && rm -f bin/smtpd include/asyncore.hpp include/smtpd.hpp lib/libsmtpd.a \
-	    lib/pkgconfig/smtpd.pc share/man/man1/smtpd.1 && rm -rf lib/cmake/smtpd share/doc/smtpd
+	sh tests/dist/install.sh uninstall "$(DESTDIR)$(PREFIX)"
 
 clean:
 	rm -f smtpd libsmtpd.a *.o tests/*.o tests/core

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sys/select.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -1371,6 +1372,7 @@ address socket_type::getsockname() const {
 // The socket map
 // ---------------------------------------------------------------------------------------------------------
 
+map_type::map_type() = default;
 map_type::~map_type() { clear(); }
 
 dispatcher* map_type::get(int fd) const noexcept {

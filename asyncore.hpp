@@ -24,7 +24,6 @@
 #ifndef ASYNCORE_HPP
 #define ASYNCORE_HPP
 
-#include <poll.h>
 #include <sys/socket.h>
 
 #include <chrono>
@@ -44,6 +43,8 @@
 #include <utility>
 #include <variant>
 #include <vector>
+
+struct pollfd;   // no <poll.h> here: AIX has macros in it that would rename a user's `events`
 
 namespace asyncore {
 inline namespace v1 {
@@ -145,7 +146,7 @@ class socket_type {
 // Descriptor -> dispatcher, in the order of descriptors.
 class map_type {
   public:
-    map_type() = default;
+    map_type();
     ~map_type();
     map_type(const map_type&) = delete;
     map_type& operator=(const map_type&) = delete;

@@ -2,7 +2,7 @@
 # Builds the library into projects of every kind, as their owners would, and runs each: a message must go through.
 # Usage: run.sh [BUILD [NAME...]]. BUILD is a CMake build of the library (one is made when it is not given, or is
 # ""), NAME one of: find_package find_package_shared add_subdirectory FetchContent pkg_config pkg_config_shared
-# make_install make_install_find_package two_files loop_alone no_rtti. Without CMake or pkg-config what needs them is skipped (exit status
+# make_install make_install_find_package sockets_elsewhere two_files loop_alone no_rtti. Without CMake or pkg-config what needs them is skipped (exit status
 # 77), or fails when NO_SKIP is set.
 set -u
 
@@ -11,7 +11,7 @@ root=$(cd "$here/../.." && pwd)
 build=${1:-}
 [ $# -gt 0 ] && shift
 [ $# -gt 0 ] || set -- find_package find_package_shared add_subdirectory FetchContent pkg_config pkg_config_shared \
-    make_install make_install_find_package two_files loop_alone no_rtti
+    make_install make_install_find_package sockets_elsewhere two_files loop_alone no_rtti
 CXX=${CXX:-c++}
 export CXX
 flags="-std=c++17 -O0 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
@@ -24,7 +24,7 @@ cmake_build() {   # DIRECTORY SOURCE OPTION...
     directory=$1
     source=$2
     shift 2
-    cmake -S "$source" -B "$directory" -DCMAKE_BUILD_TYPE=Debug "$@" && cmake --build "$directory" -j "${JOBS:-2}"
+    cmake -S "$source" -B "$directory" -G "Unix Makefiles" -DCMAKE_BUILD_TYPE=Debug "$@" && cmake --build "$directory" -j "${JOBS:-2}"
 }
 
 # The library installed below $work/NAME, static or shared; an installation may be moved, so this one is.
@@ -84,22 +84,32 @@ pkg_config_shared() {
     installed shared && with_pkg_config "$work/shared"
 }
 
-# With the Makefile: into DESTDIR, from where it is moved to its prefix. The uninstall leaves nothing behind.
+# With the Makefile: into DESTDIR, from where it is moved to its prefix, with a library that it needs besides (any will
+# do). The uninstall leaves nothing behind.
 made() {
     [ -d "$work/made" ] && return
     mkdir copy && cp "$root"/Makefile "$root"/*.?pp copy && mkdir copy/tests && cp -R "$root/tests/dist" copy/tests || return 1
     for file in README.md LICENSE; do [ ! -f "$root/$file" ] || cp "$root/$file" copy; done
-    (cd copy && make CXX="$CXX" CXXFLAGS=-O0 && make CXX="$CXX" CXXFLAGS=-O0 install PREFIX=/moved DESTDIR="$work/stage") &&
+    (cd copy && make CXX="$CXX" CXXFLAGS=-O0 && make CXX="$CXX" CXXFLAGS=-O0 LIBS="-lm -lc" install PREFIX=/moved DESTDIR="$work/stage") &&
         mkdir left && cp -R stage/moved left && (cd copy && make uninstall PREFIX=/moved DESTDIR="$work/left") &&
         [ -z "$(find left -type f)" ] && mv stage/moved made && made/bin/smtpd --version
 }
 
 make_install() {
-    made && with_pkg_config "$work/made" && cmp "$root/LICENSE" made/share/doc/smtpd/LICENSE
+    made && with_pkg_config "$work/made" && cmp "$root/LICENSE" made/share/doc/smtpd/LICENSE || return 1
+    case $(pkg-config --static --libs smtpd) in *-lsmtpd*-lm*-lc*) ;; *) return 1 ;; esac
 }
 
 make_install_find_package() {
-    made && with_find_package "$work/made"
+    made && with_find_package "$work/made" && grep -e '-lm *-lc' out/CMakeFiles/consumer.dir/link.txt
+}
+
+# On a system that has sockets in libraries of their own, CMake finds those. Nothing is compiled here.
+sockets_elsewhere() {
+    mkdir sockets && ar rc sockets/libsocket.a && ar rc sockets/libnsl.a &&
+        cmake -S "$root" -B elsewhere -G "Unix Makefiles" -DSMTPD_TESTS=OFF -DSMTPD_SOCKETS_IN_LIBC=OFF \
+            -DCMAKE_LIBRARY_PATH="$work/sockets" && grep '^Libs.private: -lsocket -lnsl$' elsewhere/smtpd.pc &&
+        grep -e 'libsmtpd\.a.*-lsocket -lnsl' elsewhere/CMakeFiles/smtpd_program.dir/link.txt
 }
 
 two_files() {
@@ -120,7 +130,7 @@ passed=0 failed=0 skipped=0
 for name in "$@"; do
     tool=sh
     case $name in
-    *find_package* | add_subdirectory | FetchContent) tool=cmake ;;
+    *find_package* | add_subdirectory | FetchContent | sockets_elsewhere) tool=cmake ;;
     pkg_config*) tool=pkg-config ;;
     make_install) tool=pkg-config ;;
     esac

