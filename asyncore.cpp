@@ -38,6 +38,13 @@ std::size_t checked(ssize_t result, const char* call) {
     return static_cast<std::size_t>(result);
 }
 
+// The processor time that this thread has had.
+std::chrono::nanoseconds processor_time() {
+    timespec spent{};
+    ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
+    return std::chrono::seconds(spent.tv_sec) + std::chrono::nanoseconds(spent.tv_nsec);
+}
+
 bool would_block(int err) { return err == EAGAIN || err == EWOULDBLOCK; }
 
 // What is done although it may fail. False: it has; ExitNow passes through.
@@ -174,40 +181,83 @@ struct map_type::receive_buffer {
 //
 // Timers are not kept anywhere. Each object answers deadline() anew before each wait, so there is no list to keep in
 // order and none to clean up when an object closes. It costs a call for each object in each pass, as readable() does.
+//
+// A short pass does the same for the hot ones alone: see loop().
 struct map_type::pass : visit {
-    std::vector<pollfd> wanted;   // in the order of descriptors
-    std::uint64_t newest = 0;     // the last registration that was asked
+    static constexpr std::size_t large = 32;   // objects: with fewer, a pass costs too little to save any
+    const std::optional<double> patience;      // seconds that a short pass waits at most; none: it is a full one
+    std::vector<pollfd> wanted;
+    int highest = -1;           // descriptor of these
+    int events = 0;             // that have come, and timeouts
+    std::uint64_t newest = 0;   // the last registration that was asked
     clock::time_point nearest = clock::time_point::max();
     clock::time_point woken{};
+    std::chrono::nanoseconds cost{};   // of a full pass over a large map, handlers aside, in processor time
 
-    explicit pass(map_type& m) : visit(m) {
+    explicit pass(map_type& m, std::optional<double> p = std::nullopt) : visit(m), patience(p) {
         wanted.swap(map.wanted_);
         wanted.clear();
     }
 
     ~pass() { wanted.swap(map.wanted_); }
 
+    // Python: poll2 takes a negative timeout for none, as poll() does; select() has no such time.
+    void run(std::optional<double> timeout, bool use_poll) {
+        if (timeout && !(*timeout >= 0)) {
+            if (!use_poll) throw std::invalid_argument("timeout must be non-negative");
+            timeout.reset();
+        }
+        if (map.empty()) return;
+        if (patience) timeout = std::min(timeout.value_or(*patience), *patience);
+        collect();
+        if (use_poll || highest >= FD_SETSIZE)
+            poll(timeout);   // Python's select() dies of such a descriptor: ValueError
+        else
+            select(timeout);
+        expire();
+    }
+
+    bool many_hot() const { return map.hot_.size() > map.size_ / 4; }
+
+    // Calls act(descriptor) for everyone, in the order of descriptors; for the hot ones in a short pass. A handler may
+    // add to either, or clear it.
+    template <typename Act>
+    void each(Act act) {
+        if (patience)
+            for (std::size_t i = 0, n = map.hot_.size(); i < n && i < map.hot_.size(); ++i) act(map.hot_[i]);
+        else
+            for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) act(static_cast<int>(fd));
+    }
+
     // Asks everyone. An object that closes while it is asked is left out; one that is registered meanwhile is asked in
     // the next pass, so that an object that makes another one each time does not keep the loop from waiting.
     void collect() {
         newest = map.registrations_;   // who registers from now on is a newcomer
-        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-            const slot asked = map.slots_[fd];
-            if (!asked.object) continue;
-            short events = 0;
-            if (asked.object->readable()) events |= POLLIN | POLLPRI;
-            if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
-            const auto due = asked.object->deadline();
-            if (map.registration(static_cast<int>(fd)) != asked.registration) continue;   // closed by one of the three
-            nearest = std::min(nearest, due);
-            if (events == 0) continue;
-            try {
-                wanted.push_back({static_cast<int>(fd), events, 0});
-            } catch (const std::bad_alloc&) {
-                // Those that there is room for have their turn; the others soon.
-                nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
-                return;
-            }
+        if (!patience && map.size_ >= large) {
+            cost = -processor_time();
+            const auto cold = [this](int fd) { return --map.slots_[static_cast<std::size_t>(fd)].heat == 0; };
+            map.hot_.erase(std::remove_if(map.hot_.begin(), map.hot_.end(), cold), map.hot_.end());
+        }
+        each([this](int fd) { ask(fd); });
+    }
+
+    void ask(int fd) {
+        const slot asked = map.slots_[static_cast<std::size_t>(fd)];
+        if (!asked.object) return;
+        short wants = 0;
+        if (asked.object->readable()) wants |= POLLIN | POLLPRI;
+        if (asked.object->writable() && !asked.object->accepting) wants |= POLLOUT;
+        const auto due = asked.object->deadline();
+        if (map.registration(fd) != asked.registration) return;   // closed by one of the three
+        if (asked.object->accepting) map.touch(fd);
+        nearest = std::min(nearest, due);
+        if (wants == 0) return;
+        try {
+            wanted.push_back({fd, wants, 0});
+            highest = std::max(highest, fd);
+        } catch (const std::bad_alloc&) {
+            // Those that there is room for have their turn; the others soon.
+            nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
         }
     }
 
@@ -227,11 +277,11 @@ struct map_type::pass : visit {
                 const auto now = clock::now();
                 left = until <= now ? left.zero() : ceil<microseconds>(std::min<clock::duration>(until - now, longest));
             }
-            const int ready = sleep(left);
+            events = sleep(left);
             const int err = errno;
             woken = clock::now();
-            if (ready > 0 || (ready == 0 && woken >= until)) return;
-            if (ready == 0) continue;
+            if (events > 0 || (events == 0 && woken >= until)) break;
+            if (events == 0) continue;
             if (err == EAGAIN || err == ENOMEM) {
                 // Python: the loop ends. The system is short of something, and may have it again soon.
                 const timespec moment{0, 10000000};
@@ -240,6 +290,7 @@ struct map_type::pass : visit {
                 raise(err, "poll");
             }
         }
+        if (cost.count() != 0) cost += processor_time();
     }
 
     // Forgets those that another one's readable(), writable() or deadline() has closed. Python: the loop ends.
@@ -256,11 +307,16 @@ struct map_type::pass : visit {
         return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
     }
 
+    // The same, when it has an event.
+    dispatcher* active(const pollfd& want) const {
+        map.touch(want.fd);
+        return object_for(want);
+    }
+
     // Waits in select() and delivers reads, then writes, then exceptional conditions, as Python does. The sets are made
     // in the call itself, since select() overwrites them and a signal may interrupt it.
     void select(std::optional<double> timeout) {
         fd_set r, w, e;
-        int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
             FD_ZERO(&r);
             FD_ZERO(&w);
@@ -272,13 +328,14 @@ struct map_type::pass : visit {
             }
             timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
                        static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
-            return left_to_do = ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
+            return ::select(highest + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
         });
+        int left_to_do = events;
         const auto deliver_to = [&](const fd_set& ready, void (*event)(dispatcher&)) {
             for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
                 if (!FD_ISSET(wanted[i].fd, &ready)) continue;
                 --left_to_do;
-                if (dispatcher* obj = object_for(wanted[i])) event(*obj);
+                if (dispatcher* obj = active(wanted[i])) event(*obj);
             }
         };
         deliver_to(r, asyncore::read);
@@ -289,63 +346,79 @@ struct map_type::pass : visit {
     // The same with poll(), which has no limit on descriptors. It reports one object's events together, so these are
     // delivered object by object, where select() delivers all the reads first.
     void poll(std::optional<double> timeout) {
-        int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
             const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
-            return left_to_do = ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
+            return ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
         });
+        int left_to_do = events;
         for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
             if (wanted[i].revents == 0) continue;
             --left_to_do;
-            if (dispatcher* obj = object_for(wanted[i])) readwrite(*obj, wanted[i].revents);
+            if (dispatcher* obj = active(wanted[i])) readwrite(*obj, wanted[i].revents);
         }
     }
 
-    int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
-
     // Timeouts are judged by the time at which the wait ended, so that a slow handler does not make other objects time
-    // out.
+    // out. What remains in `nearest` is the nearest of those that are not due yet.
     void expire() {
         if (nearest > woken) return;
-        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-            dispatcher* obj = map.slots_[fd].object;
-            if (obj && obj->deadline() <= woken) deliver(*obj, &dispatcher::handle_timeout);
-        }
+        nearest = clock::time_point::max();
+        each([this](int fd) {
+            dispatcher* obj = map.get(fd);
+            if (!obj) return;
+            const auto due = obj->deadline();
+            if (due > woken) {
+                nearest = std::min(nearest, due);
+            } else {
+                ++events;
+                map.touch(fd);
+                deliver(*obj, &dispatcher::handle_timeout);
+            }
+        });
     }
 };
 
-void poll(std::optional<double> timeout, map_type* map_) {
-    map_type& map = map_or_default(map_);
-    if (timeout && !(*timeout >= 0)) throw std::invalid_argument("timeout must be non-negative");
-    if (map.empty()) return;
-    map_type::pass pass(map);
-    pass.collect();
-    if (pass.highest() < FD_SETSIZE)
-        pass.select(timeout);
-    else
-        pass.poll(timeout);   // Python: the loop ends with ValueError
-    pass.expire();
-}
+void poll(std::optional<double> timeout, map_type* map) { map_type::pass(map_or_default(map)).run(timeout, false); }
 
-// Python's poll2 takes a negative timeout for none, as poll() does, where its poll() is an error.
-void poll2(std::optional<double> timeout, map_type* map_) {
-    map_type& map = map_or_default(map_);
-    if (map.empty()) return;
-    map_type::pass pass(map);
-    pass.collect();
-    pass.poll(timeout && *timeout >= 0 ? timeout : std::nullopt);
-    pass.expire();
-}
+void poll2(std::optional<double> timeout, map_type* map) { map_type::pass(map_or_default(map)).run(timeout, true); }
 
 // The loop ends when nothing is registered any more: a program ends by closing what it has, not by leaving the loop.
+//
+// A pass asks everyone and lets the system look at everyone. With ten thousand connections of which twenty are busy,
+// that is ten thousand questions for twenty events. But the next event comes mostly from those that were active a
+// moment ago: the hot ones. Hot is an object that has had an event or a timeout, has sent something or was registered
+// since the last full pass but one, and every listener. So when only a few of a large map are hot, short passes over
+// these alone follow a full one. They are passes like any other, with the same questions and the same select() or
+// poll(), but for whom they ask.
+//
+// The others wait meanwhile; how long, is the question of whoever rents skis and does not know how long the winter will
+// be. The price of skis is what a full pass costs in processor time. A short pass waits no longer than that; when
+// nothing comes (it is dry) the next pass is a full one. And however much comes, a full one follows when short ones
+// have taken ten times that price, or when one of the others has a deadline. So full passes take about a tenth of the
+// time of a busy loop, and an event that is not a hot one's waits ten full passes at most, and what the handlers of the
+// last short pass take. The same bound holds for what a handler has changed in an object that is not hot: that it wants
+// to read or to write, or has a nearer deadline.
+//
+// This saves time and decides nothing: a descriptor that is hot without need costs a question, one that is hot no
+// longer waits for the next full pass. So it does no harm that a descriptor stays hot when it changes hands, or that a
+// nested pass makes other ones hot. poll() and poll2() are one full pass each, and so is each of the `count` passes
+// that a caller asked for.
 void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
     map_type& map = map_or_default(map_);
+    std::optional<double> patience;
+    clock::time_point until{};   // of the short passes
     while (!map.empty() && count.value_or(1) > 0) {
-        if (use_poll)
-            poll2(timeout, &map);
-        else
-            poll(timeout, &map);
-        if (count) --*count;
+        map_type::pass pass(map, patience);
+        pass.run(timeout, use_poll);
+        if (count) {
+            --*count;
+            continue;
+        }
+        if (!patience) {
+            patience = std::chrono::duration<double>(pass.cost).count();
+            until = std::min(pass.woken + 10 * pass.cost, pass.nearest);
+        }
+        if (pass.events == 0 || pass.woken >= until || pass.many_hot()) patience.reset();
     }
 }
 
@@ -452,6 +525,7 @@ std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::acce
 // the caller sees that from `connected`.
 std::size_t dispatcher::send(std::string_view data) {
     try {
+        _map->touch(_fileno);   // who is told something may answer soon
         return the_socket().send(data);
     } catch (const std::system_error& error) {
         if (would_block(error.code().value())) return 0;
@@ -1386,14 +1460,26 @@ void map_type::add(int fd, dispatcher& object) {
     const auto index = static_cast<std::size_t>(fd);
     if (fd < 0) throw std::invalid_argument("a closed socket cannot be registered");
     if (index >= slots_.size()) slots_.resize(index + 1);
+    hot_.reserve(slots_.capacity());   // so that touch() can't fail
+    touch(fd);
     if (!slots_[index].object) ++size_;
-    slots_[index] = {&object, ++registrations_};
+    slots_[index].object = &object;
+    slots_[index].registration = ++registrations_;
 }
 
 void map_type::remove(int fd, const dispatcher& object) noexcept {
     if (get(fd) != &object) return;
-    slots_[static_cast<std::size_t>(fd)] = {};
+    slots_[static_cast<std::size_t>(fd)].object = nullptr;
+    slots_[static_cast<std::size_t>(fd)].registration = 0;
     --size_;
+}
+
+// Makes a descriptor hot: short passes ask it (see loop()), until it has not been touched between two full ones.
+void map_type::touch(int fd) noexcept {
+    const auto index = static_cast<std::size_t>(fd);
+    if (index >= slots_.size()) return;
+    if (slots_[index].heat == 0) hot_.push_back(fd);
+    slots_[index].heat = 2;
 }
 
 void map_type::own(std::unique_ptr<dispatcher> object) {
@@ -1417,6 +1503,7 @@ void map_type::destroy_closed() noexcept {
 
 void map_type::clear() {
     slots_.clear();
+    hot_.clear();
     size_ = 0;
     for (auto& object : owned_) object->owned_ = false;
     closed_.splice(closed_.end(), owned_);

@@ -175,12 +175,15 @@ class map_type {
     struct slot {
         dispatcher* object = nullptr;
         std::uint64_t registration = 0;
+        int heat = 0;   // of the descriptor, whoever has it: full passes until it leaves hot_; 0: it is not there
     };
     void add(int fd, dispatcher& object);
     void remove(int fd, const dispatcher& object) noexcept;
+    void touch(int fd) noexcept;
     void destroy_closed() noexcept;
 
     std::vector<slot> slots_;   // by descriptor
+    std::vector<int> hot_;      // descriptors that have been active of late (see loop()); room for all of them
     std::size_t size_ = 0;
     std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
     int depth_ = 0;                     // passes under way, one inside the other
