@@ -184,17 +184,18 @@ struct map_type::receive_buffer {
 //
 // A short pass does the same for the hot ones alone: see loop().
 struct map_type::pass : visit {
-    static constexpr std::size_t large = 32;   // objects: with fewer, a pass costs too little to save any
-    const std::optional<double> patience;      // seconds that a short pass waits at most; none: it is a full one
+    const std::optional<double> patience;   // seconds that a short pass waits at most; none: it is a full one
+    const bool large;                       // otherwise a pass costs too little to save any
     std::vector<pollfd> wanted;
     int highest = -1;           // descriptor of these
-    int events = 0;             // that have come, and timeouts
+    int left_to_do = 0;         // events that have come and not been looked at
+    bool dry = true;            // no event has come, nor a timeout
     std::uint64_t newest = 0;   // the last registration that was asked
     clock::time_point nearest = clock::time_point::max();
     clock::time_point woken{};
     std::chrono::nanoseconds cost{};   // of a full pass over a large map, handlers aside, in processor time
 
-    explicit pass(map_type& m, std::optional<double> p = std::nullopt) : visit(m), patience(p) {
+    explicit pass(map_type& m, std::optional<double> p = std::nullopt) : visit(m), patience(p), large(m.size_ >= 32) {
         wanted.swap(map.wanted_);
         wanted.clear();
     }
@@ -219,45 +220,38 @@ struct map_type::pass : visit {
 
     bool many_hot() const { return map.hot_.size() > map.size_ / 4; }
 
-    // Calls act(descriptor) for everyone, in the order of descriptors; for the hot ones in a short pass. A handler may
-    // add to either, or clear it.
-    template <typename Act>
-    void each(Act act) {
-        if (patience)
-            for (std::size_t i = 0, n = map.hot_.size(); i < n && i < map.hot_.size(); ++i) act(map.hot_[i]);
-        else
-            for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) act(static_cast<int>(fd));
-    }
+    // The descriptors that this pass is about: all of them, in order, or the hot ones. A handler may change either.
+    std::size_t size() const { return patience ? map.hot_.size() : map.slots_.size(); }
+    int at(std::size_t i) const { return patience ? map.hot_[i] : static_cast<int>(i); }
 
     // Asks everyone. An object that closes while it is asked is left out; one that is registered meanwhile is asked in
     // the next pass, so that an object that makes another one each time does not keep the loop from waiting.
     void collect() {
         newest = map.registrations_;   // who registers from now on is a newcomer
-        if (!patience && map.size_ >= large) {
+        if (large && !patience) {
             cost = -processor_time();
-            const auto cold = [this](int fd) { return --map.slots_[static_cast<std::size_t>(fd)].heat == 0; };
+            const auto cold = [this](int fd) { return --map.heat_[static_cast<std::size_t>(fd)] == 0; };
             map.hot_.erase(std::remove_if(map.hot_.begin(), map.hot_.end(), cold), map.hot_.end());
         }
-        each([this](int fd) { ask(fd); });
-    }
-
-    void ask(int fd) {
-        const slot asked = map.slots_[static_cast<std::size_t>(fd)];
-        if (!asked.object) return;
-        short wants = 0;
-        if (asked.object->readable()) wants |= POLLIN | POLLPRI;
-        if (asked.object->writable() && !asked.object->accepting) wants |= POLLOUT;
-        const auto due = asked.object->deadline();
-        if (map.registration(fd) != asked.registration) return;   // closed by one of the three
-        if (asked.object->accepting) map.touch(fd);
-        nearest = std::min(nearest, due);
-        if (wants == 0) return;
-        try {
-            wanted.push_back({fd, wants, 0});
-            highest = std::max(highest, fd);
-        } catch (const std::bad_alloc&) {
-            // Those that there is room for have their turn; the others soon.
-            nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
+        for (std::size_t i = 0; i < size(); ++i) {
+            const int fd = at(i);
+            const slot asked = map.slots_[static_cast<std::size_t>(fd)];
+            if (!asked.object) continue;
+            short events = 0;
+            if (asked.object->readable()) events |= POLLIN | POLLPRI;
+            if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
+            const auto due = asked.object->deadline();
+            if (map.registration(fd) != asked.registration) continue;   // closed by one of the three
+            if (large && asked.object->accepting) map.touch(fd);
+            nearest = std::min(nearest, due);
+            if (events == 0) continue;
+            try {
+                wanted.push_back({fd, events, 0});
+                highest = std::max(highest, fd);
+            } catch (const std::bad_alloc&) {
+                // Those that there is room for have their turn; the others soon.
+                nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
+            }
         }
     }
 
@@ -277,11 +271,11 @@ struct map_type::pass : visit {
                 const auto now = clock::now();
                 left = until <= now ? left.zero() : ceil<microseconds>(std::min<clock::duration>(until - now, longest));
             }
-            events = sleep(left);
+            left_to_do = sleep(left);
             const int err = errno;
             woken = clock::now();
-            if (events > 0 || (events == 0 && woken >= until)) break;
-            if (events == 0) continue;
+            if (left_to_do > 0 || (left_to_do == 0 && woken >= until)) break;
+            if (left_to_do == 0) continue;
             if (err == EAGAIN || err == ENOMEM) {
                 // Python: the loop ends. The system is short of something, and may have it again soon.
                 const timespec moment{0, 10000000};
@@ -307,9 +301,11 @@ struct map_type::pass : visit {
         return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
     }
 
-    // The same, when it has an event.
-    dispatcher* active(const pollfd& want) const {
-        map.touch(want.fd);
+    // The next one that has an event, which makes it hot.
+    dispatcher* active(const pollfd& want) {
+        --left_to_do;
+        dry = false;
+        if (large) map.touch(want.fd);
         return object_for(want);
     }
 
@@ -330,11 +326,9 @@ struct map_type::pass : visit {
                        static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
             return ::select(highest + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
         });
-        int left_to_do = events;
         const auto deliver_to = [&](const fd_set& ready, void (*event)(dispatcher&)) {
             for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
                 if (!FD_ISSET(wanted[i].fd, &ready)) continue;
-                --left_to_do;
                 if (dispatcher* obj = active(wanted[i])) event(*obj);
             }
         };
@@ -350,10 +344,8 @@ struct map_type::pass : visit {
             const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
             return ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
         });
-        int left_to_do = events;
         for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
             if (wanted[i].revents == 0) continue;
-            --left_to_do;
             if (dispatcher* obj = active(wanted[i])) readwrite(*obj, wanted[i].revents);
         }
     }
@@ -363,18 +355,18 @@ struct map_type::pass : visit {
     void expire() {
         if (nearest > woken) return;
         nearest = clock::time_point::max();
-        each([this](int fd) {
-            dispatcher* obj = map.get(fd);
-            if (!obj) return;
+        for (std::size_t i = 0; i < size(); ++i) {
+            dispatcher* obj = map.get(at(i));
+            if (!obj) continue;
             const auto due = obj->deadline();
             if (due > woken) {
                 nearest = std::min(nearest, due);
-            } else {
-                ++events;
-                map.touch(fd);
-                deliver(*obj, &dispatcher::handle_timeout);
+                continue;
             }
-        });
+            dry = false;
+            if (large) map.touch(at(i));
+            deliver(*obj, &dispatcher::handle_timeout);
+        }
     }
 };
 
@@ -386,7 +378,7 @@ void poll2(std::optional<double> timeout, map_type* map) { map_type::pass(map_or
 //
 // A pass asks everyone and lets the system look at everyone. With ten thousand connections of which twenty are busy,
 // that is ten thousand questions for twenty events. But the next event comes mostly from those that were active a
-// moment ago: the hot ones. Hot is an object that has had an event or a timeout, has sent something or was registered
+// moment ago: the hot ones. Hot is an object that has had an event or a timeout or was registered
 // since the last full pass but one, and every listener. So when only a few of a large map are hot, short passes over
 // these alone follow a full one. They are passes like any other, with the same questions and the same select() or
 // poll(), but for whom they ask.
@@ -418,7 +410,7 @@ void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::opt
             patience = std::chrono::duration<double>(pass.cost).count();
             until = std::min(pass.woken + 10 * pass.cost, pass.nearest);
         }
-        if (pass.events == 0 || pass.woken >= until || pass.many_hot()) patience.reset();
+        if (pass.dry || pass.woken >= until || pass.many_hot()) patience.reset();
     }
 }
 
@@ -525,7 +517,6 @@ std::optional<std::pair<std::unique_ptr<socket_type>, address>> dispatcher::acce
 // the caller sees that from `connected`.
 std::size_t dispatcher::send(std::string_view data) {
     try {
-        _map->touch(_fileno);   // who is told something may answer soon
         return the_socket().send(data);
     } catch (const std::system_error& error) {
         if (would_block(error.code().value())) return 0;
@@ -1461,25 +1452,24 @@ void map_type::add(int fd, dispatcher& object) {
     if (fd < 0) throw std::invalid_argument("a closed socket cannot be registered");
     if (index >= slots_.size()) slots_.resize(index + 1);
     hot_.reserve(slots_.capacity());   // so that touch() can't fail
+    heat_.resize(slots_.size());
     touch(fd);
     if (!slots_[index].object) ++size_;
-    slots_[index].object = &object;
-    slots_[index].registration = ++registrations_;
+    slots_[index] = {&object, ++registrations_};
 }
 
 void map_type::remove(int fd, const dispatcher& object) noexcept {
     if (get(fd) != &object) return;
-    slots_[static_cast<std::size_t>(fd)].object = nullptr;
-    slots_[static_cast<std::size_t>(fd)].registration = 0;
+    slots_[static_cast<std::size_t>(fd)] = {};
     --size_;
 }
 
 // Makes a descriptor hot: short passes ask it (see loop()), until it has not been touched between two full ones.
 void map_type::touch(int fd) noexcept {
     const auto index = static_cast<std::size_t>(fd);
-    if (index >= slots_.size()) return;
-    if (slots_[index].heat == 0) hot_.push_back(fd);
-    slots_[index].heat = 2;
+    if (index >= heat_.size()) return;
+    if (heat_[index] == 0) hot_.push_back(fd);
+    heat_[index] = 2;
 }
 
 void map_type::own(std::unique_ptr<dispatcher> object) {
@@ -1504,6 +1494,7 @@ void map_type::destroy_closed() noexcept {
 void map_type::clear() {
     slots_.clear();
     hot_.clear();
+    heat_.clear();
     size_ = 0;
     for (auto& object : owned_) object->owned_ = false;
     closed_.splice(closed_.end(), owned_);

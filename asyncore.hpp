@@ -175,7 +175,6 @@ class map_type {
     struct slot {
         dispatcher* object = nullptr;
         std::uint64_t registration = 0;
-        int heat = 0;   // of the descriptor, whoever has it: full passes until it leaves hot_; 0: it is not there
     };
     void add(int fd, dispatcher& object);
     void remove(int fd, const dispatcher& object) noexcept;
@@ -183,7 +182,9 @@ class map_type {
     void destroy_closed() noexcept;
 
     std::vector<slot> slots_;   // by descriptor
-    std::vector<int> hot_;      // descriptors that have been active of late (see loop()); room for all of them
+    // Of late active: see loop().
+    std::vector<int> hot_;              // descriptors; there is room for all
+    std::vector<unsigned char> heat_;   // by descriptor: full passes until it leaves hot_; 0: it is not there
     std::size_t size_ = 0;
     std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
     int depth_ = 0;                     // passes under way, one inside the other
