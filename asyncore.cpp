@@ -378,18 +378,18 @@ void poll2(std::optional<double> timeout, map_type* map) { map_type::pass(map_or
 //
 // A pass asks everyone and lets the system look at everyone. With ten thousand connections of which twenty are busy,
 // that is ten thousand questions for twenty events. But the next event comes mostly from those that were active a
-// moment ago: the hot ones. Hot is an object that has had an event or a timeout or was registered
-// since the last full pass but one, and every listener. So when only a few of a large map are hot, short passes over
-// these alone follow a full one. They are passes like any other, with the same questions and the same select() or
-// poll(), but for whom they ask.
+// moment ago: the hot ones. Hot is an object that has had an event or a timeout or was registered since the last full
+// pass but one, and every listener. So when only a few of a large map are hot, short passes over these alone follow a
+// full one. They are passes like any other, with the same questions and the same select() or poll(), but for whom they
+// ask.
 //
-// The others wait meanwhile; how long, is the question of whoever rents skis and does not know how long the winter will
-// be. The price of skis is what a full pass costs in processor time. A short pass waits no longer than that; when
-// nothing comes (it is dry) the next pass is a full one. And however much comes, a full one follows when short ones
-// have taken ten times that price, or when one of the others has a deadline. So full passes take about a tenth of the
-// time of a busy loop, and an event that is not a hot one's waits ten full passes at most, and what the handlers of the
-// last short pass take. The same bound holds for what a handler has changed in an object that is not hot: that it wants
-// to read or to write, or has a nearer deadline.
+// The others wait meanwhile. How long they should is the question of someone who rents skis and does not know how long
+// the winter will be. The price of skis is what a full pass costs in processor time. A short pass waits no longer than
+// that (by poll(), which counts in milliseconds, one of them at least). When nothing comes (it is dry) the next pass is
+// a full one. However much comes, a full one follows when short ones have taken ten times that price, or when one of
+// the others has a deadline. So full passes take about a tenth of the time of a busy loop, and an event of an object
+// that is not hot waits ten full passes at most, and what the handlers of the last short pass take. The same bound
+// holds for what a handler has changed in such an object: that it wants to read or to write, or has a nearer deadline.
 //
 // This saves time and decides nothing: a descriptor that is hot without need costs a question, one that is hot no
 // longer waits for the next full pass. So it does no harm that a descriptor stays hot when it changes hands, or that a
