@@ -20,7 +20,8 @@ LIBRARY = asyncore.o smtpd.o
 HEADERS = asyncore.hpp smtpd.hpp
 TESTS = tests/test_main.o tests/support.o tests/upstream.o tests/test_addresses.o tests/test_asynchat.o \
 	tests/test_asyncore.o tests/test_cli.o tests/test_conversations.o tests/test_corpus.o tests/test_defer.o \
-	tests/test_deviations.o tests/test_dispatcher.o tests/test_hostile.o tests/test_mailman.o tests/test_map.o tests/test_pause.o \
+	tests/test_deviations.o tests/test_dispatcher.o tests/test_hostile.o tests/test_hot.o tests/test_mailman.o \
+	tests/test_map.o tests/test_pause.o \
 	tests/test_proxy.o tests/test_relay.o tests/test_seams.o tests/test_smtpd.o tests/test_smtplib.o
 
 all: smtpd

@@ -39,6 +39,13 @@ std::size_t checked(ssize_t result, const char* call) {
     return static_cast<std::size_t>(result);
 }
 
+// The processor time that this thread has had.
+std::chrono::nanoseconds processor_time() {
+    timespec spent{};
+    ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
+    return std::chrono::seconds(spent.tv_sec) + std::chrono::nanoseconds(spent.tv_nsec);
+}
+
 bool would_block(int err) { return err == EAGAIN || err == EWOULDBLOCK; }
 
 // What is done although it may fail. False: it has; ExitNow passes through.
@@ -175,39 +182,76 @@ struct map_type::receive_buffer {
 //
 // Timers are not kept anywhere. Each object answers deadline() anew before each wait, so there is no list to keep in
 // order and none to clean up when an object closes. It costs a call for each object in each pass, as readable() does.
+//
+// A short pass does the same for the hot ones alone: see loop().
 struct map_type::pass : visit {
-    std::vector<pollfd> wanted;   // in the order of descriptors
-    std::uint64_t newest = 0;     // the last registration that was asked
+    const std::optional<double> patience;   // seconds that a short pass waits at most; none: it is a full one
+    const bool large;                       // otherwise a pass costs too little to save any
+    std::vector<pollfd> wanted;
+    int highest = -1;           // descriptor of these
+    int left_to_do = 0;         // events that have come and not been looked at
+    bool dry = true;            // no event has come, nor a timeout
+    std::uint64_t newest = 0;   // the last registration that was asked
     clock::time_point nearest = clock::time_point::max();
     clock::time_point woken{};
+    std::chrono::nanoseconds cost{};   // of a full pass over a large map, handlers aside, in processor time
 
-    explicit pass(map_type& m) : visit(m) {
+    explicit pass(map_type& m, std::optional<double> p = std::nullopt) : visit(m), patience(p), large(m.size_ >= 32) {
         wanted.swap(map.wanted_);
         wanted.clear();
     }
 
     ~pass() { wanted.swap(map.wanted_); }
 
+    // Python: poll2 takes a negative timeout for none, as poll() does; select() has no such time.
+    void run(std::optional<double> timeout, bool use_poll) {
+        if (timeout && !(*timeout >= 0)) {
+            if (!use_poll) throw std::invalid_argument("timeout must be non-negative");
+            timeout.reset();
+        }
+        if (map.empty()) return;
+        if (patience) timeout = std::min(timeout.value_or(*patience), *patience);
+        collect();
+        if (use_poll || highest >= FD_SETSIZE)
+            poll(timeout);   // Python's select() dies of such a descriptor: ValueError
+        else
+            select(timeout);
+        expire();
+    }
+
+    bool many_hot() const { return map.hot_.size() > map.size_ / 4; }
+
+    // The descriptors that this pass is about: all of them, in order, or the hot ones. A handler may change either.
+    std::size_t size() const { return patience ? map.hot_.size() : map.slots_.size(); }
+    int at(std::size_t i) const { return patience ? map.hot_[i] : static_cast<int>(i); }
+
     // Asks everyone. An object that closes while it is asked is left out; one that is registered meanwhile is asked in
     // the next pass, so that an object that makes another one each time does not keep the loop from waiting.
     void collect() {
         newest = map.registrations_;   // who registers from now on is a newcomer
-        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-            const slot asked = map.slots_[fd];
+        if (large && !patience) {
+            cost = -processor_time();
+            const auto cold = [this](int fd) { return --map.heat_[static_cast<std::size_t>(fd)] == 0; };
+            map.hot_.erase(std::remove_if(map.hot_.begin(), map.hot_.end(), cold), map.hot_.end());
+        }
+        for (std::size_t i = 0; i < size(); ++i) {
+            const int fd = at(i);
+            const slot asked = map.slots_[static_cast<std::size_t>(fd)];
             if (!asked.object) continue;
             short events = 0;
             if (asked.object->readable()) events |= POLLIN | POLLPRI;
             if (asked.object->writable() && !asked.object->accepting) events |= POLLOUT;
             const auto due = asked.object->deadline();
-            if (map.registration(static_cast<int>(fd)) != asked.registration) continue;   // closed by one of the three
+            if (map.registration(fd) != asked.registration) continue;   // closed by one of the three
+            if (large && asked.object->accepting) map.touch(fd);
             nearest = std::min(nearest, due);
             if (events == 0) continue;
             try {
-                wanted.push_back({static_cast<int>(fd), events, 0});
+                wanted.push_back({fd, events, 0});
+                highest = std::max(highest, fd);
             } catch (const std::bad_alloc&) {
                 // Those that there is room for have their turn; the others soon.
                 nearest = std::min(nearest, clock::now() + std::chrono::milliseconds(100));
-                return;
             }
         }
     }
@@ -228,11 +272,11 @@ struct map_type::pass : visit {
                 const auto now = clock::now();
                 left = until <= now ? left.zero() : ceil<microseconds>(std::min<clock::duration>(until - now, longest));
             }
-            const int ready = sleep(left);
+            left_to_do = sleep(left);
             const int err = errno;
             woken = clock::now();
-            if (ready > 0 || (ready == 0 && woken >= until)) return;
-            if (ready == 0) continue;
+            if (left_to_do > 0 || (left_to_do == 0 && woken >= until)) break;
+            if (left_to_do == 0) continue;
             if (err == EAGAIN || err == ENOMEM) {
                 // Python: the loop ends. The system is short of something, and may have it again soon.
                 const timespec moment{0, 10000000};
@@ -241,6 +285,7 @@ struct map_type::pass : visit {
                 raise(err, "poll");
             }
         }
+        if (cost.count() != 0) cost += processor_time();
     }
 
     // Forgets those that another one's readable(), writable() or deadline() has closed. Python: the loop ends.
@@ -257,11 +302,18 @@ struct map_type::pass : visit {
         return map.registration(want.fd) <= newest ? map.get(want.fd) : nullptr;
     }
 
+    // The next one that has an event, which makes it hot.
+    dispatcher* active(const pollfd& want) {
+        --left_to_do;
+        dry = false;
+        if (large) map.touch(want.fd);
+        return object_for(want);
+    }
+
     // Waits in select() and delivers reads, then writes, then exceptional conditions, as Python does. The sets are made
     // in the call itself, since select() overwrites them and a signal may interrupt it.
     void select(std::optional<double> timeout) {
         fd_set r, w, e;
-        int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
             FD_ZERO(&r);
             FD_ZERO(&w);
@@ -273,13 +325,12 @@ struct map_type::pass : visit {
             }
             timeval tv{static_cast<decltype(tv.tv_sec)>(left.count() / 1000000),
                        static_cast<decltype(tv.tv_usec)>(left.count() % 1000000)};
-            return left_to_do = ::select(highest() + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
+            return ::select(highest + 1, &r, &w, &e, left.count() < 0 ? nullptr : &tv);
         });
         const auto deliver_to = [&](const fd_set& ready, void (*event)(dispatcher&)) {
             for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
                 if (!FD_ISSET(wanted[i].fd, &ready)) continue;
-                --left_to_do;
-                if (dispatcher* obj = object_for(wanted[i])) event(*obj);
+                if (dispatcher* obj = active(wanted[i])) event(*obj);
             }
         };
         deliver_to(r, asyncore::read);
@@ -290,63 +341,77 @@ struct map_type::pass : visit {
     // The same with poll(), which has no limit on descriptors. It reports one object's events together, so these are
     // delivered object by object, where select() delivers all the reads first.
     void poll(std::optional<double> timeout) {
-        int left_to_do = 0;
         wait(timeout, [&](std::chrono::microseconds left) {
             const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
-            return left_to_do = ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
+            return ::poll(wanted.data(), static_cast<nfds_t>(wanted.size()), static_cast<int>(ms));
         });
         for (std::size_t i = 0; left_to_do > 0 && i < wanted.size(); ++i) {
             if (wanted[i].revents == 0) continue;
-            --left_to_do;
-            if (dispatcher* obj = object_for(wanted[i])) readwrite(*obj, wanted[i].revents);
+            if (dispatcher* obj = active(wanted[i])) readwrite(*obj, wanted[i].revents);
         }
     }
 
-    int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
-
     // Timeouts are judged by the time at which the wait ended, so that a slow handler does not make other objects time
-    // out.
+    // out. What remains in `nearest` is the nearest of those that are not due yet.
     void expire() {
         if (nearest > woken) return;
-        for (std::size_t fd = 0; fd < map.slots_.size(); ++fd) {
-            dispatcher* obj = map.slots_[fd].object;
-            if (obj && obj->deadline() <= woken) deliver(*obj, &dispatcher::handle_timeout);
+        nearest = clock::time_point::max();
+        for (std::size_t i = 0; i < size(); ++i) {
+            dispatcher* obj = map.get(at(i));
+            if (!obj) continue;
+            const auto due = obj->deadline();
+            if (due > woken) {
+                nearest = std::min(nearest, due);
+                continue;
+            }
+            dry = false;
+            if (large) map.touch(at(i));
+            deliver(*obj, &dispatcher::handle_timeout);
         }
     }
 };
 
-void poll(std::optional<double> timeout, map_type* map_) {
-    map_type& map = map_or_default(map_);
-    if (timeout && !(*timeout >= 0)) throw std::invalid_argument("timeout must be non-negative");
-    if (map.empty()) return;
-    map_type::pass pass(map);
-    pass.collect();
-    if (pass.highest() < FD_SETSIZE)
-        pass.select(timeout);
-    else
-        pass.poll(timeout);   // Python: the loop ends with ValueError
-    pass.expire();
-}
+void poll(std::optional<double> timeout, map_type* map) { map_type::pass(map_or_default(map)).run(timeout, false); }
 
-// Python's poll2 takes a negative timeout for none, as poll() does, where its poll() is an error.
-void poll2(std::optional<double> timeout, map_type* map_) {
-    map_type& map = map_or_default(map_);
-    if (map.empty()) return;
-    map_type::pass pass(map);
-    pass.collect();
-    pass.poll(timeout && *timeout >= 0 ? timeout : std::nullopt);
-    pass.expire();
-}
+void poll2(std::optional<double> timeout, map_type* map) { map_type::pass(map_or_default(map)).run(timeout, true); }
 
 // The loop ends when nothing is registered any more: a program ends by closing what it has, not by leaving the loop.
+//
+// A pass asks everyone and lets the system look at everyone. With ten thousand connections of which twenty are busy,
+// that is ten thousand questions for twenty events. But the next event comes mostly from those that were active a
+// moment ago: the hot ones. Hot is an object that has had an event or a timeout or was registered since the last full
+// pass but one, and every listener. So when only a few of a large map are hot, short passes over these alone follow a
+// full one. They are passes like any other, with the same questions and the same select() or poll(), but for whom they
+// ask.
+//
+// The others wait meanwhile. How long they should is the question of someone who rents skis and does not know how long
+// the winter will be. The price of skis is what a full pass costs in processor time. A short pass waits no longer than
+// that (by poll(), which counts in milliseconds, one of them at least). When nothing comes (it is dry) the next pass is
+// a full one. However much comes, a full one follows when short ones have taken ten times that price, or when one of
+// the others has a deadline. So full passes take about a tenth of the time of a busy loop, and an event of an object
+// that is not hot waits ten full passes at most, and what the handlers of the last short pass take. The same bound
+// holds for what a handler has changed in such an object: that it wants to read or to write, or has a nearer deadline.
+//
+// This saves time and decides nothing: a descriptor that is hot without need costs a question, one that is hot no
+// longer waits for the next full pass. So it does no harm that a descriptor stays hot when it changes hands, or that a
+// nested pass makes other ones hot. poll() and poll2() are one full pass each, and so is each of the `count` passes
+// that a caller asked for.
 void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
     map_type& map = map_or_default(map_);
+    std::optional<double> patience;
+    clock::time_point until{};   // of the short passes
     while (!map.empty() && count.value_or(1) > 0) {
-        if (use_poll)
-            poll2(timeout, &map);
-        else
-            poll(timeout, &map);
-        if (count) --*count;
+        map_type::pass pass(map, patience);
+        pass.run(timeout, use_poll);
+        if (count) {
+            --*count;
+            continue;
+        }
+        if (!patience) {
+            patience = std::chrono::duration<double>(pass.cost).count();
+            until = std::min(pass.woken + 10 * pass.cost, pass.nearest);
+        }
+        if (pass.dry || pass.woken >= until || pass.many_hot()) patience.reset();
     }
 }
 
@@ -1398,6 +1463,9 @@ void map_type::add(int fd, dispatcher& object) {
     const auto index = static_cast<std::size_t>(fd);
     if (fd < 0) throw std::invalid_argument("a closed socket cannot be registered");
     if (index >= slots_.size()) slots_.resize(index + 1);
+    hot_.reserve(slots_.capacity());   // so that touch() can't fail
+    heat_.resize(slots_.size());
+    touch(fd);
     if (!slots_[index].object) ++size_;
     slots_[index] = {&object, ++registrations_};
 }
@@ -1406,6 +1474,14 @@ void map_type::remove(int fd, const dispatcher& object) noexcept {
     if (get(fd) != &object) return;
     slots_[static_cast<std::size_t>(fd)] = {};
     --size_;
+}
+
+// Makes a descriptor hot: short passes ask it (see loop()), until it has not been touched between two full ones.
+void map_type::touch(int fd) noexcept {
+    const auto index = static_cast<std::size_t>(fd);
+    if (index >= heat_.size()) return;
+    if (heat_[index] == 0) hot_.push_back(fd);
+    heat_[index] = 2;
 }
 
 void map_type::own(std::unique_ptr<dispatcher> object) {
@@ -1429,6 +1505,8 @@ void map_type::destroy_closed() noexcept {
 
 void map_type::clear() {
     slots_.clear();
+    hot_.clear();
+    heat_.clear();
     size_ = 0;
     for (auto& object : owned_) object->owned_ = false;
     closed_.splice(closed_.end(), owned_);

@@ -179,9 +179,13 @@ class map_type {
     };
     void add(int fd, dispatcher& object);
     void remove(int fd, const dispatcher& object) noexcept;
+    void touch(int fd) noexcept;
     void destroy_closed() noexcept;
 
     std::vector<slot> slots_;   // by descriptor
+    // Of late active: see loop().
+    std::vector<int> hot_;              // descriptors; there is room for all
+    std::vector<unsigned char> heat_;   // by descriptor: full passes until it leaves hot_; 0: it is not there
     std::size_t size_ = 0;
     std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
     int depth_ = 0;                     // passes under way, one inside the other
