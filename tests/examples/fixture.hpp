@@ -1,5 +1,14 @@
 // A mail server for tests. It runs in a thread of its own, keeps the messages that it gets, fails when it is told to,
-// and tells what the client has done wrong. One header for any test framework, beside smtpd.hpp; link with -pthread.
+// and tells what the client has done wrong. One header for any test framework, beside smtpd.hpp; compile it with
+// smtpd.cpp and asyncore.cpp, and link with -pthread. CMake, with all five files in vendor/:
+//
+//     find_package(Threads REQUIRED)
+//     add_library(smtpd STATIC vendor/smtpd.cpp vendor/asyncore.cpp)
+//     target_include_directories(smtpd PUBLIC vendor)
+//     target_compile_features(smtpd PUBLIC cxx_std_17)
+//     target_link_libraries(smtpd PUBLIC Threads::Threads)
+//
+// Then a test says:
 //
 //     mail_fixture mail;                          // listens on a free port of 127.0.0.1
 //     send_welcome_mail(mail.port(), "you@example.com");
@@ -49,9 +58,10 @@ enum class logins { anybody, listed, nobody, broken_off };
 struct options {
     asyncore::address where{"127.0.0.1", 0};   // port 0: a free one, see mail_fixture::port()
     smtpd::options server{};                   // limits, time-outs, enable_SMTPUTF8; the map is the fixture's own
-    std::vector<std::string> offer{};          // more words for EHLO, such as "PIPELINING" and "DSN"
-    std::vector<std::string> hide{};           // words of ours that EHLO does not say: SIZE, 8BITMIME, HELP ...
-    std::vector<std::string> auth{};           // mechanisms: "PLAIN", "LOGIN", "CRAM-MD5"; none: no AUTH
+    // More words for EHLO, such as "PIPELINING" and "DSN". Not SMTPUTF8: server.enable_SMTPUTF8 both says and does it.
+    std::vector<std::string> offer{};
+    std::vector<std::string> hide{};   // words of ours that EHLO does not say: SIZE, 8BITMIME, HELP ...
+    std::vector<std::string> auth{};   // mechanisms: "PLAIN", "LOGIN", "CRAM-MD5"; none: no AUTH
     logins who = logins::anybody;
     std::map<std::string, std::string> users{};   // name -> password
     bool auth_required = false;                   // MAIL before AUTH gets 530
@@ -60,7 +70,11 @@ struct options {
     std::size_t transcript_limit = 65536;         // bytes that are kept of a connection
     // TLS comes from outside, so that this header needs none: a function that takes over the descriptor of a plain
     // socket and gives back one that speaks TLS, as the server, to set_socket(). Its handshake runs inside recv() and
-    // send(), which throw EAGAIN meanwhile. With it STARTTLS is offered, or TLS is there from the first byte.
+    // send(), which throw EAGAIN meanwhile. With it STARTTLS is offered, or TLS is there from the first byte. tls.hpp
+    // has one, for OpenSSL (tls_fixture.cpp, which says how to make a certificate, too):
+    //     with.tls = [c = tls::server_context("cert.pem", "key.pem")](asyncore::socket_type&& plain) {
+    //         return tls::wrap(std::move(plain), c);
+    //     };
     std::function<std::unique_ptr<asyncore::socket_type>(asyncore::socket_type&& plain)> tls{};
     bool tls_at_once = false;
     // Gets each line of the transcripts as it comes, and what a client does wrong, in the server's thread.
@@ -81,7 +95,7 @@ struct connection {
     int number = 0;   // 1, 2, 3 in the order in which they came
     asyncore::address peer{};
     std::string helo{}, user{};
-    bool tls = false;
+    bool tls = false;   // it has begun; the client may not have liked our certificate
     std::size_t messages = 0;
     // "": still open; "quit"; "left", without QUIT; "dropped" by a fault; "timeout"; "stopped", with the fixture.
     std::string ended{};
@@ -227,7 +241,8 @@ struct fault {
     fault& half() { return part = mute = true, *this; }   // the first half of the reply, and then nothing more
     fault& early_354() { return early = true, *this; }    // 354 comes with this reply, and not after DATA
 
-    // --- when it is said
+    // --- when it is said. The command is done before: a message whose reply is delayed is in messages() at once. That
+    // a client leaves is seen after the delay.
     fault& delay(milliseconds time) { return wait = time, *this; }
     fault& byte_by_byte(milliseconds each = milliseconds(1)) { return pace = each, *this; }
     fault& silence() { return mute = unsaid = true, *this; }   // no reply, to this and to all that follows
@@ -252,8 +267,11 @@ struct fault {
 
     // What was to be done is done all the same.
     bool does_it() const { return !unsaid && !(said && !said->empty() && (said->at(0) == '4' || said->at(0) == '5')); }
-    // The client can't know how it stands with the server.
-    bool confuses() const { return garbled || part || lf || early || mute || dropped || deaf || cut_at || size; }
+    // The client can't know how it stands with the server, or has been told that it is leaving.
+    bool confuses() const {
+        return garbled || part || lf || early || mute || dropped || deaf || cut_at || size ||
+               said.value_or("").substr(0, 3) == "421";
+    }
 };
 
 inline unsigned number(const std::string& digits) {
@@ -319,8 +337,7 @@ inline fault parse_fault(const std::string& text) {
 //     RCPT=451                          RCPT:bob@*=2=451 4.3.0 try again      DATA=drop        greeting=delay:2s
 //     COUNT   2: twice   3-: from the third time on   25%: with that chance
 //     ACTION  the reply, which is the last one; drop drop-after drop-middle drop-at:BYTES delay:TIME slow[:TIME]
-//     silence
-//             half malformed lf huge[:BYTES] lines[:N] early-354 stop-reading; TIME is such as 2s or 50ms
+//             silence half malformed lf huge[:BYTES] lines[:N] early-354 stop-reading; TIME is such as 2s or 50ms
 // A word without = belongs to the reply before it. Throws std::invalid_argument.
 inline std::vector<fault> parse_faults(const std::string& text) {
     std::vector<std::string> pieces;
@@ -632,9 +649,14 @@ class channel : public smtpd::SMTPChannel {
     void handle_close() override {
         if (ending_.empty()) {
             ending_ = "left";
-            if (spoke_ && !confused_) blame("left without QUIT");
+            if (spoke_ && !confused_ && !slow_) blame("left without QUIT");
         }
         SMTPChannel::handle_close();
+    }
+    // TLS has failed, for a client that does not trust us say: it can't say QUIT any more.
+    void handle_error() override {
+        confused_ = true;
+        SMTPChannel::handle_error();
     }
     void close() override {
         if (smtp_state == DATA) tell_message();
@@ -678,6 +700,7 @@ class channel : public smtpd::SMTPChannel {
         if (it.deaf) after_ = stop_reading;
         shape(it);
         pace_ = it.pace;
+        slow_ = it.wait.count() > 0 || pace_.count() > 0;
         if (it.wait.count() == 0 && pace_.count() == 0) return send_out();
         pause();
         due_ = asyncore::clock::now() + it.wait;
@@ -851,6 +874,7 @@ class channel : public smtpd::SMTPChannel {
     std::optional<std::size_t> cut_at_;
     std::size_t bytes_ = 0;   // of the message, as they came
     bool collecting_ = false, sent_any_ = false, early_ = false, bad_end_ = false, too_long_ = false;
+    bool slow_ = false;   // the reply was: who leaves then has waited long enough
     bool spoke_ = false, confused_ = false, after_message_ = false, handshake_ = false, encrypted_ = false;
 };
 

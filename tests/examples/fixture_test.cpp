@@ -335,6 +335,20 @@ void test_delay_and_silence() {
     assert(it.only("") && mail.messages().empty());
     it.reset();
     assert(mail.wait_ended(1, 5s) && mail.connections()[0].ended == "left");
+
+    // A client that has waited long enough may go without QUIT.
+    mail_fixture slow;
+    slow.fault("MAIL").delay(100ms);
+    slow.fault("NOOP").byte_by_byte(20ms);
+    for (const char* last : {"MAIL FROM:<a@b>", "NOOP"}) client_at(slow, {"EHLO me"}).send(last + std::string("\r\n"));
+    assert(slow.wait_ended(2, 5s) && slow.client_errors().empty());
+    client_at(slow, {"EHLO me", "MAIL FROM:<a@b>", "RSET"});
+    assert(slow.wait_ended(3, 5s) && slow.client_errors() == strings{"left without QUIT"});
+    // So may one that got 421.
+    slow.clear();
+    slow.fault("RSET").reply("421 4.3.2 shutting down");
+    client_at(slow, {"EHLO me", "RSET"});
+    assert(slow.wait_ended(1, 5s) && slow.client_errors().empty());
 }
 
 void test_drops() {

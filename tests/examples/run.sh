@@ -58,7 +58,7 @@ build() {
     tls_proxy)   # in front of tls_server
         build tls_server || return 1
         source=$here/tls_proxy.cpp ;;
-    tls_*) with="$with -lssl -lcrypto" ;;
+    tls_*) with="$with -lssl -lcrypto -pthread" ;;
     tsan) source="$here/fixture_test.cpp $root/asyncore.cpp $root/smtpd.cpp"; with="-fsanitize=thread -pthread" ;;
     esac
     # These are lists of words.

@@ -11,7 +11,8 @@
 //                                                                tls::mode::required);
 //     session->open({"mail.example", 587}, [](const smtpd::reply& answer) { ... });
 //
-// For a proxy's own sessions, override make_session() (tls_proxy.cpp). OpenSSL 1.1.1 or newer: -lssl -lcrypto.
+// For a proxy's own sessions, override make_session() (tls_proxy.cpp). For the mail_fixture of a test, see
+// tls_fixture.cpp. OpenSSL 1.1.1 or newer: -lssl -lcrypto.
 //
 // How it works. tls::socket_type is a socket whose recv() and send() encrypt. OpenSSL reads and writes through the
 // functions of the socket below: so nothing blocks, and no write raises SIGPIPE. The handshake is part of the first

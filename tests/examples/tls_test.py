@@ -310,6 +310,13 @@ class Fake(Receiver):
             super().serve()
 
 
+def tls_fixture(path):
+    with Certificates() as certificates:
+        result = run(path, certificates.cert, certificates.key, certificates.other)
+        same((result.returncode, result.stdout), (0, b'6 tests passed\n'))
+    return 'its tests passed'
+
+
 def offers_STARTTLS(said):
     """A server that says this to STARTTLS, and nothing afterwards; None: goes away."""
     def reply(line):
