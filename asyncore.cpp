@@ -46,9 +46,10 @@ std::chrono::nanoseconds processor_time() {
     return std::chrono::seconds(spent.tv_sec) + std::chrono::nanoseconds(spent.tv_nsec);
 }
 
+// POSIX allows the two to be different numbers.
 bool would_block(int err) { return err == EAGAIN || err == EWOULDBLOCK; }
 
-// What is done although it may fail. False: it has; ExitNow passes through.
+// Does what may fail without harm. False: it has failed. ExitNow passes through.
 template <typename Act>
 bool quietly(Act act) {
     try {
@@ -61,6 +62,7 @@ bool quietly(Act act) {
     }
 }
 
+// The flag is often set as it should be, and then one call is enough.
 void set_nonblocking(int fd, bool flag) {
     const int flags = ::fcntl(fd, F_GETFL);
     if (flags < 0) raise(errno, "fcntl");
@@ -111,6 +113,7 @@ void _exception(dispatcher& obj) { deliver(obj, &dispatcher::handle_expt_event);
 // that what a peer has sent before it hung up is read.
 void readwrite(dispatcher& obj, short flags) {
     // Python does not look again between the steps; here an object that one step closed is left alone.
+    // An object that had no registration when this began never counts as gone.
     const map_type& map = *obj._map;
     const int fd = obj._fileno;
     const auto registration = map.get(fd) == &obj ? map.registration(fd) : 0;
@@ -154,7 +157,8 @@ struct map_type::visit {
     visit& operator=(const visit&) = delete;
 };
 
-// Bytes to receive into, lent for a while; a nested pass gets others.
+// Bytes to receive into, lent for a while. The vector leaves the map meanwhile, so a nested pass finds none there and
+// makes another one. The larger of the two is kept.
 struct map_type::receive_buffer {
     map_type& map;
     std::vector<char> bytes;
@@ -256,8 +260,9 @@ struct map_type::pass : visit {
         }
     }
 
-    // Waits for `timeout` seconds, or until the nearest deadline, by calling sleep(microseconds; < 0: for
-    // ever) until no signal interrupts it.
+    // Waits for `timeout` seconds, or until the nearest deadline. sleep() is select() or poll(); it is given the
+    // microseconds that are left, a negative number for ever, and is called again when a signal interrupts it. Times
+    // are rounded up: a wait that ended a little too early would make the loop spin until the deadline.
     template <typename Wait>
     void wait(std::optional<double> timeout, Wait sleep) {
         using namespace std::chrono;
@@ -281,7 +286,7 @@ struct map_type::pass : visit {
                 // Python: the loop ends. The system is short of something, and may have it again soon.
                 const timespec moment{0, 10000000};
                 ::nanosleep(&moment, nullptr);
-            } else if (err != EINTR && !(err == EBADF && drop_closed())) {
+            } else if (err != EINTR && !(err == EBADF && drop_closed())) {   // one bad descriptor fails them all
                 raise(err, "poll");
             }
         }
@@ -311,7 +316,8 @@ struct map_type::pass : visit {
     }
 
     // Waits in select() and delivers reads, then writes, then exceptional conditions, as Python does. The sets are made
-    // in the call itself, since select() overwrites them and a signal may interrupt it.
+    // in the call itself, since select() overwrites them and a signal may interrupt it. It tells how many bits are set,
+    // so the search for them ends at the last one.
     void select(std::optional<double> timeout) {
         fd_set r, w, e;
         wait(timeout, [&](std::chrono::microseconds left) {
@@ -339,7 +345,8 @@ struct map_type::pass : visit {
     }
 
     // The same with poll(), which has no limit on descriptors. It reports one object's events together, so these are
-    // delivered object by object, where select() delivers all the reads first.
+    // delivered object by object, where select() delivers all the reads first. Its milliseconds are an int: a longer
+    // wait is made of several.
     void poll(std::optional<double> timeout) {
         wait(timeout, [&](std::chrono::microseconds left) {
             const auto ms = left.count() < 0 ? -1 : std::min<long long>((left.count() + 999) / 1000, 1 << 30);
@@ -451,6 +458,7 @@ std::string dispatcher::repr() const {
 
 void dispatcher::add_channel(map_type* map) { (map ? map : _map)->add(_fileno, *this); }
 
+// A closed object keeps no descriptor: what it did with the number later would happen to a newcomer.
 void dispatcher::del_channel(map_type* map) {
     (map ? map : _map)->remove(_fileno, *this);
     _fileno = -1;
@@ -465,6 +473,7 @@ std::unique_ptr<socket_type> dispatcher::make_socket(int family, int type) {
     return std::make_unique<socket_type>(family, type);
 }
 
+// Whatever is done with the socket asks here. Where Python finds no attribute in None, C++ would crash.
 socket_type& dispatcher::the_socket() const {
     if (!socket) throw std::logic_error("the dispatcher has no socket");
     return *socket;
@@ -473,12 +482,13 @@ socket_type& dispatcher::the_socket() const {
 // The old socket's registration goes with it: an event that was collected for it must not reach the new one.
 void dispatcher::set_socket(std::unique_ptr<socket_type> sock, map_type* map) {
     if (!sock) throw std::invalid_argument("there is no socket to set");
-    _map->remove(_fileno, *this);   // a socket that is replaced takes its registration along
+    _map->remove(_fileno, *this);
     socket = std::move(sock);
     _fileno = socket->fileno();
     add_channel(map);
 }
 
+// A server that is started again may bind while connections of its former self linger.
 void dispatcher::set_reuse_addr() {
     try {
         the_socket().setsockopt(SOL_SOCKET, SO_REUSEADDR, socket->getsockopt(SOL_SOCKET, SO_REUSEADDR) | 1);
@@ -527,6 +537,7 @@ std::size_t dispatcher::send(std::string_view data) {
     return 0;
 }
 
+// By way of the shared buffer: the string is as long as what has come, not as what was asked for.
 std::string dispatcher::recv(std::size_t buffer_size) {
     map_type::receive_buffer buffer(*_map, buffer_size);
     return std::string(buffer.bytes.data(), recv_into(buffer.bytes.data(), buffer_size));
@@ -578,7 +589,8 @@ void dispatcher::handle_read_event() {
     handle_read();
 }
 
-// SO_ERROR holds the outcome of a connect() that was under way; reading it clears it.
+// SO_ERROR holds the outcome of a connect() that was under way; reading it clears it. As in Python, `connected` is
+// still false while handle_connect() runs.
 void dispatcher::handle_connect_event() {
     const int err = the_socket().getsockopt(SOL_SOCKET, SO_ERROR);
     if (err != 0) raise(err, "connect");
@@ -671,6 +683,7 @@ void dispatcher_with_send::initiate_send() {
 
 void dispatcher_with_send::handle_write() { initiate_send(); }
 
+// A connection that is under way is told by a write event, so that is wanted although nothing is to be sent.
 bool dispatcher_with_send::writable() { return !connected || !out_buffer.empty(); }
 
 std::size_t dispatcher_with_send::send(std::string_view data) {
@@ -700,6 +713,7 @@ void close_all(map_type* map_, bool ignore_all) {
     map.clear();
 }
 
+// A duplicate of its own: the caller may close the other one, and usually does.
 file_wrapper::file_wrapper(int fd) : socket_type(::fcntl(fd, F_DUPFD_CLOEXEC, 0)) {
     if (fd_ < 0) raise(errno, "dup");
 }
@@ -717,7 +731,7 @@ int file_wrapper::getsockopt(int level, int option) const {
     throw NotImplementedError("Only asyncore specific behaviour implemented.");
 }
 
-// O_NONBLOCK belongs to the open file, not to the descriptor: who shares the file with this program sees it too.
+// O_NONBLOCK belongs to the open file, not to the descriptor: another program that shares the file sees it too.
 file_dispatcher::file_dispatcher(int fd, map_type* map) : dispatcher(nullptr, map) {
     connected = true;
     set_file(fd);
@@ -730,6 +744,8 @@ void file_dispatcher::set_file(int fd) { set_socket(std::make_unique<file_wrappe
 // trigger: not in asyncore.py
 // ---------------------------------------------------------------------------------------------------------
 
+// The read end is done with when file_dispatcher has its duplicate: that one is close-on-exec, and O_NONBLOCK, which
+// file_dispatcher sets, is the open file's. So only the write end is prepared here.
 static std::pair<socket_type, socket_type> make_pipe() {
     int ends[2];
     if (::pipe(ends) < 0) raise(errno, "pipe");
@@ -744,11 +760,12 @@ trigger::trigger(map_type* map) : trigger(make_pipe(), map) {}
 trigger::trigger(std::pair<socket_type, socket_type> pipe, map_type* map)
     : file_dispatcher(pipe.first.fileno(), map), write_end_(std::move(pipe.second)) {}
 
-// A pipe that is full wakes the loop as well.
+// A pipe that is full wakes the loop as well, so a byte that finds no room is not missed.
 void trigger::wake() noexcept {
     if (write_end_.fileno() >= 0) (void)!::write(write_end_.fileno(), "", 1);
 }
 
+// A pull_trigger() of another thread comes before this, and is dropped, or after it, and finds the end closed.
 void trigger::close() {
     {
         const std::lock_guard<std::mutex> guard(lock_);
@@ -767,19 +784,19 @@ void trigger::pull_trigger(std::function<void()> thunk) {
 }
 
 // The pipe is emptied first. A thunk that is queued after that writes a byte of its own, so none is overlooked. Each
-// thunk runs without the lock: it may pull the trigger again.
+// thunk runs without the lock: it may pull the trigger again. Those that come meanwhile wait for the next pass, so that
+// a thunk that queues itself does not hold up the loop.
 void trigger::handle_read() {
     recv(4096);
     std::unique_lock<std::mutex> guard(lock_);
-    for (std::size_t left = thunks_.size(); left > 0 && !thunks_.empty();
-         --left) {   // those that come meanwhile have their own pass
+    for (std::size_t left = thunks_.size(); left > 0 && !thunks_.empty(); --left) {
         const auto thunk = std::move(thunks_.front());
         thunks_.pop_front();
         guard.unlock();
         try {
             thunk();
         } catch (const ExitNow&) {
-            wake();
+            wake();   // for the thunks behind it, when the loop is entered again
             throw;
         } catch (...) {
             handle_error();
@@ -788,6 +805,7 @@ void trigger::handle_read() {
     }
 }
 
+// A thunk that fails is not the end of the trigger: this closes nothing.
 void trigger::handle_error() { log_exception("uncaptured C++ exception in a thunk of"); }
 
 }   // namespace v1
@@ -834,7 +852,6 @@ void async_chat::set_terminator(std::nullopt_t) { terminator_ = std::monostate()
 void async_chat::handle_read() {
     using namespace asyncore;
     if (input_waits_) return;   // first what has come before
-    // What was left over goes in front of what is received, so that a terminator is always in one piece.
     const std::string left(input_);
     asyncore::map_type::receive_buffer buffer(*_map, left.size() + ac_in_buffer_size);
     char* const bytes = buffer.bytes.data();
@@ -859,7 +876,8 @@ void async_chat::handle_read() {
     keep_input();
 }
 
-// Moves what is left of the input out of the loop's buffer.
+// Moves what is left of the input out of the loop's buffer. A large kept_ is given back once all of it has been
+// handled.
 void async_chat::keep_input() {
     if (!connected) input_ = {};
     if (input_.empty() && kept_.capacity() > 1024) std::string().swap(kept_);
@@ -869,7 +887,9 @@ void async_chat::keep_input() {
     consumed_ = 0;
 }
 
-// Cuts the input at the terminators.
+// Cuts the input at the terminators, a piece at a time: a handler may pause or close the session, or change the
+// terminator. Input waits (input_waits_) when the session is the reason. The beginning of a terminator does not: it
+// needs more input.
 void async_chat::consume() {
     input_waits_ = false;
     try {
@@ -885,8 +905,10 @@ void async_chat::consume() {
 
 namespace {
 
-// Where the needle is. Lines end all the time, so the first byte of the needle that is neither CR nor LF is looked for.
-// Where one is found in vain, no needle can have it before it, which rules out the next few bytes.
+// Where the needle begins. A message is full of line ends, so what is looked for is the needle's first byte that is
+// neither CR nor LF: the dot of CR LF . CR LF. In the needle only CR and LF stand before it. So when a dot is not the
+// needle's, the whole of the next needle lies behind that dot, and its own dot is at least that much further on. The
+// first bytes are looked at one by one, because a call of find() costs more than they do.
 std::size_t find_terminator(std::string_view haystack, std::string_view needle) {
     const std::size_t other = needle.find_first_not_of("\r\n"), rarest = other == needle.npos ? 0 : other;
     const char byte = needle[rarest];
@@ -905,7 +927,9 @@ std::size_t find_terminator(std::string_view haystack, std::string_view needle) 
 
 }   // namespace
 
-// One piece of input; false when the rest may be the beginning of a terminator.
+// One piece of input; false when the rest may be the beginning of a terminator. What a handler is given has been taken
+// off before, and a count been lowered: the handler may set another terminator, and one that throws does not get the
+// same bytes again.
 bool async_chat::consume_some() {
     const auto take = [this](std::size_t size) {
         consumed_ += size;
@@ -932,10 +956,12 @@ bool async_chat::consume_some() {
     return prefix == 0;
 }
 
+// What is put back is mostly what was just cut off, and that still stands in the buffer in front of the input: the view
+// is widened, and nothing is copied.
 void async_chat::unread(std::string_view bytes) {
     input_waits_ = true;   // outside of a read event the loop comes for it
     const std::string_view before(input_.data() - std::min(consumed_, bytes.size()), std::min(consumed_, bytes.size()));
-    if (before == bytes) {   // they stand in front of it still
+    if (before == bytes) {
         input_ = {before.data(), before.size() + input_.size()};
         consumed_ -= bytes.size();
         return;
@@ -949,6 +975,7 @@ void async_chat::handle_write() { initiate_send(); }
 
 void async_chat::handle_close() { close(); }
 
+// The rest of what was meant for the old socket must not go out by the new one, behind a TLS handshake say.
 void async_chat::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
     const bool replaced = connected;
     while (send_some()) {}
@@ -958,8 +985,8 @@ void async_chat::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncor
     dispatcher::set_socket(std::move(sock), map);
 }
 
-// The one exceptional condition of a socket is an urgent byte. Nobody asked for it. Left unread, it would be reported
-// in each pass.
+// The one exceptional condition of a socket is an urgent byte, and a session has no use for it. Left unread, it would
+// be reported in each pass.
 void async_chat::handle_expt() {
     char urgent;
     try {
@@ -978,6 +1005,7 @@ asyncore::clock::time_point async_chat::deadline() {
     return readable() && socket && socket->pending() ? asyncore::at_once : asyncore::never;
 }
 
+// What is due here and is none of these is a subclass's own, and leads to dispatcher's, which closes.
 void async_chat::handle_timeout() {
     if (must_go_on()) return consume();
     if (!paused_) return socket && socket->pending() ? handle_read_event() : dispatcher::handle_timeout();
@@ -991,6 +1019,7 @@ void async_chat::pause() {
     look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
 }
 
+// The text that send_first() has in hand is not in the queue, so sent_ may be more than all that is there.
 std::size_t async_chat::queued() const {
     std::size_t size = 0;
     for (const auto& item : producer_fifo)
@@ -1064,7 +1093,7 @@ bool async_chat::send_some() {
     return false;
 }
 
-// Sends from the first item, which is a string. False: there is more of it. A send() that is overridden may push,
+// Sends from the first item, which is a string. True: all of it has gone. A send() that is overridden may push,
 // close, or discard the queue; so the text is taken out meanwhile, and an empty string keeps its place.
 bool async_chat::send_first() {
     std::string text = std::exchange(std::get<std::string>(producer_fifo.front()), {});
@@ -1118,6 +1147,7 @@ void async_chat::discard_input() {
     input_waits_ = false;
 }
 
+// sending_ tells a send_some() further up the stack that its queue has gone.
 void async_chat::discard_buffers() {
     discard_input();
     producer_fifo.clear();
@@ -1160,7 +1190,7 @@ constexpr int no_signal = MSG_NOSIGNAL;
 constexpr int no_signal = 0;
 #endif
 
-// A new socket. Where socket() and accept() could not be told so, it is made non-blocking and closed on exec here.
+// A new socket. Where socket() and accept() can't be told so, it is made non-blocking and close-on-exec here.
 socket_type prepared(int fd) {
     socket_type sock(fd);
 #ifndef SOCK_NONBLOCK
@@ -1172,7 +1202,8 @@ socket_type prepared(int fd) {
 
 sockaddr* generic(sockaddr_storage& storage) { return reinterpret_cast<sockaddr*>(&storage); }
 
-// The bytes that the system wants. A name is resolved here, and that may block.
+// The address in the form that system calls take. A name is resolved here, and that may block: the first address of
+// the socket's family is taken.
 socklen_t to_sockaddr(const address& addr, const socket_type& sock, sockaddr_storage& storage) {
     std::memset(&storage, 0, sizeof storage);
     const auto port = htons(static_cast<std::uint16_t>(addr.port));
@@ -1203,7 +1234,7 @@ socklen_t to_sockaddr(const address& addr, const socket_type& sock, sockaddr_sto
 
 }   // namespace
 
-// Python takes apostrophes, and quotes when the text has an apostrophe and no quote.
+// Python puts the text in apostrophes; in quotes when it has an apostrophe and no quote.
 std::string repr(std::string_view bytes, std::string_view prefix) {
     const bool apostrophe = bytes.find('\'') != bytes.npos && bytes.find('"') == bytes.npos;
     const char quote = apostrophe ? '"' : '\'';
@@ -1248,6 +1279,7 @@ address address::unix_path(std::string path) {
     return addr;
 }
 
+// A UNIX socket without a name, such as a client's, has the path "". A path may come with or without its NUL.
 address address::from(const sockaddr_storage& storage, socklen_t size) {
     address addr;
     addr.family = storage.ss_family;
@@ -1283,6 +1315,7 @@ std::string address::str() const {
     return host + ":" + std::to_string(port);
 }
 
+// EAI_ codes are no errnos: without a category of their own they would get an errno's text.
 const std::error_category& gai_category() noexcept {
     static const struct : std::error_category {
         const char* name() const noexcept override { return "getaddrinfo"; }
@@ -1291,6 +1324,7 @@ const std::error_category& gai_category() noexcept {
     return category;
 }
 
+// An address whose family is known is numeric already. Without SOCK_STREAM each would come once for each type.
 std::vector<address> getaddrinfo(const address& name, int family) {
     if (name.family != AF_UNSPEC) return {name};
     addrinfo hints{};
@@ -1330,6 +1364,7 @@ std::string getfqdn() {
     return name;
 }
 
+// macOS has this option in place of MSG_NOSIGNAL.
 socket_type::socket_type(int fd) noexcept : fd_(fd) {
 #ifdef SO_NOSIGPIPE
     const int on = 1;
@@ -1375,6 +1410,7 @@ void socket_type::setsockopt(int level, int option, int value) {
     if (::setsockopt(fd_, level, option, &value, sizeof value) < 0) raise(errno, "setsockopt");
 }
 
+// EINTR: the descriptor has gone all the same. A second close() might hit one that another thread has just opened.
 void socket_type::close() {
     if (fd_ < 0) return;
     const int fd = std::exchange(fd_, -1);
@@ -1398,7 +1434,7 @@ int socket_type::connect_ex(const address& addr) {
     sockaddr_storage storage;
     const auto size = to_sockaddr(addr, *this, storage);
     if (::connect(fd_, generic(storage), size) == 0) return 0;
-    return errno == EINTR ? EINPROGRESS : errno;   // an interrupted connect goes on by itself
+    return errno == EINTR ? EINPROGRESS : errno;
 }
 
 // A client that has gone before it was accepted is none. accept4() saves two system calls where there is one.
@@ -1470,6 +1506,7 @@ void map_type::add(int fd, dispatcher& object) {
     slots_[index] = {&object, ++registrations_};
 }
 
+// An object whose place another one has taken leaves that one alone.
 void map_type::remove(int fd, const dispatcher& object) noexcept {
     if (get(fd) != &object) return;
     slots_[static_cast<std::size_t>(fd)] = {};
@@ -1487,7 +1524,7 @@ void map_type::touch(int fd) noexcept {
 void map_type::own(std::unique_ptr<dispatcher> object) {
     if (!object) throw std::invalid_argument("there is no object to own");
     if (object->_map != this) throw std::invalid_argument("the object is registered with another map");
-    if (get(object->_fileno) != object.get()) return closed_.push_back(std::move(object));   // closed already
+    if (get(object->_fileno) != object.get()) return closed_.push_back(std::move(object));
     dispatcher& it = *object;
     owned_.push_back(std::move(object));
     it.owned_ = true;
@@ -1498,11 +1535,12 @@ void map_type::own(std::unique_ptr<dispatcher> object) {
 // left.
 void map_type::destroy_closed() noexcept {
     while (depth_ == 0 && !closed_.empty()) {
-        std::list<std::unique_ptr<dispatcher>> dead;   // a destructor may close, and so bury, another object
+        std::list<std::unique_ptr<dispatcher>> dead;
         dead.swap(closed_);
     }
 }
 
+// The slots go first, so that a destructor that looks for its own finds nothing.
 void map_type::clear() {
     slots_.clear();
     hot_.clear();

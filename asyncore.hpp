@@ -130,7 +130,7 @@ class socket_type {
     virtual void bind(const address& addr);
     virtual void listen(int backlog);
     virtual int connect_ex(const address& addr);   // 0 or an errno
-    // Non-blocking, close-on-exec; null when nobody waits.
+    // Non-blocking, close-on-exec; null when no client waits.
     virtual std::pair<std::unique_ptr<socket_type>, address> accept();
     virtual address getpeername() const;
     virtual address getsockname() const;
@@ -162,7 +162,8 @@ class map_type {
     // From here on the object lives until it closes (see the top of this file).
     void own(std::unique_ptr<dispatcher> object);
 
-    // Everything leaves the map without being closed; what the map owns is destroyed.
+    // Everything leaves the map without being closed. What the map owns is destroyed: at once, or after the pass under
+    // way.
     void clear();
 
     // The loop's own, in asyncore.cpp.
@@ -187,11 +188,11 @@ class map_type {
     std::vector<int> hot_;              // descriptors; there is room for all
     std::vector<unsigned char> heat_;   // by descriptor: full passes until it leaves hot_; 0: it is not there
     std::size_t size_ = 0;
-    std::uint64_t registrations_ = 0;   // so far; 0 is nobody's number
+    std::uint64_t registrations_ = 0;   // so far; 0 is the number of none
     int depth_ = 0;                     // passes under way, one inside the other
     std::list<std::unique_ptr<dispatcher>> owned_, closed_;
-    std::vector<pollfd> wanted_;   // kept from pass to pass, to allocate once; so is
-    std::vector<char> buffer_;     // the receive buffer, which no two handlers use at a time
+    std::vector<pollfd> wanted_;   // pass::wanted between two passes, so that it is allocated once
+    std::vector<char> buffer_;     // the receive buffer, when it is not lent
 };
 
 // The map used when none is given: it exists before the first object that needs it, whatever the link order.
@@ -244,7 +245,7 @@ class dispatcher {
     std::unique_ptr<socket_type> socket;
     std::pair<int, int> family_and_type{0, 0};   // what create_socket() was given
 
-    // Registers the socket, when there is one, made non-blocking. A null map is socket_map.
+    // Makes the socket, if there is one, non-blocking and registers it. A null map is socket_map.
     explicit dispatcher(std::unique_ptr<socket_type> sock = nullptr, map_type* map = nullptr);
     virtual ~dispatcher();
     dispatcher(const dispatcher&) = delete;
@@ -269,7 +270,7 @@ class dispatcher {
     virtual bool readable() { return true; }
     virtual bool writable() { return true; }
 
-    // When handle_timeout() is due; time_point::max(): never. Not in Python.
+    // When handle_timeout() is due. Not in Python.
     virtual clock::time_point deadline() { return never; }
 
     virtual void listen(int num);
@@ -466,9 +467,9 @@ class async_chat : public asyncore::dispatcher {
     std::size_t queued() const;
 
     // While it is paused, a session reads nothing and handles nothing; what it has received waits. After
-    // resume() the loop goes on with that first. It waits for no input and so for no end of it; but a peer that resets
-    // or hangs up is noticed within a second or two: handle_close(). Deadlines of a subclass go on: SMTPChannel's idle
-    // clock stands still until resume(), stop()'s bound does not. Not in Python.
+    // resume() the loop goes on with that first. A paused session waits for no input, so it does not see the end of it.
+    // A peer that resets or hangs up is noticed within a second or two: handle_close(). A subclass whose deadline shall
+    // stand still meanwhile asks paused(). Not in Python.
     void pause();
     virtual void resume() { paused_ = false; }
     bool paused() const { return paused_; }
@@ -498,13 +499,13 @@ class async_chat : public asyncore::dispatcher {
     bool paused_ = false;        // pause() to resume()
     bool input_over_ = false;    // end_input()
     bool input_waits_ = false;   // consume() has stopped for one of these; it goes on in handle_timeout()
-    asyncore::clock::time_point look_again_at_{};   // whether the peer of a paused session is still there
+    asyncore::clock::time_point look_again_at_{};   // when to see if a paused session still has its peer
     std::string kept_;                              // input between two reads
     std::string_view input_;                        // what is to be consumed: in kept_, or in the loop's receive buffer
     std::string spare_;                             // an empty string with room, so that a reply needs no allocation
-    std::size_t consumed_ = 0;                      // bytes that stand in front of input_ still
-    std::size_t sent_ = 0;                          // bytes of the first item that have gone
-    bool sending_ = false;   // initiate_send() is under way, and the queue has not been discarded in it
+    std::size_t consumed_ = 0;   // bytes in front of input_ that have been handled and are still there
+    std::size_t sent_ = 0;       // bytes of the first item that have gone
+    bool sending_ = false;       // initiate_send() is under way, and the queue has not been discarded in it
 };
 
 }   // namespace v1

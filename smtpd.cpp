@@ -17,6 +17,7 @@ inline namespace v1 {
 
 using asyncore::address;
 
+// Without a buffer a stream discards what it is given. As with default_socket_map(), a static server finds it made.
 std::ostream& default_debugstream() {
     static std::ostream stream(nullptr);
     return stream;
@@ -29,20 +30,22 @@ constexpr char not_processed[] = "451 Error: message not processed";
 constexpr std::size_t kept_size = 65536;   // bytes of the last message that an idle client may hold
 constexpr std::size_t slow_size = 65536;   // bytes that data_timeout is for
 
+// Whether that is a limit at all. The clock plus a time of centuries would overflow, and be in the past.
 bool ends(std::chrono::milliseconds time) { return time.count() > 0 && time < for_ever; }
 
+// Asked before each line of the log, since a repr() that is discarded costs as much as one that is printed.
 bool debugging() { return default_debugstream().rdbuf() != nullptr; }
 
 const reply no_SMTPUTF8{550, "Error: SMTPUTF8 is not supported by the next server"};
 
-// The handler that a method is given. Throws when it is none.
+// The handler that a method is given. A null one throws here, before anything is sent.
 template <typename Handler>
 Handler checked(Handler then) {
     if (!then) throw std::invalid_argument("there is no handler for the answer");
     return then;
 }
 
-// Whether that works. For what nothing depends on, or nothing any more: a farewell, say.
+// Does what may fail without harm, such as a farewell, and tells whether it worked.
 template <typename Act>
 bool succeeds(Act act) noexcept {
     try {
@@ -77,7 +80,7 @@ bool pick_options(const SMTP& session, const std::vector<std::string>& mail_opti
 
 // A reply that is owed: see "Replies that come later".
 struct deferred_reply::owed {
-    SMTPChannel* channel;   // null: there is no client any more that waits for it
+    SMTPChannel* channel;   // null: the client has its reply, or has gone
     bool deferred = false;
     bool in_hook = true;                 // the hook or the command is still running
     std::optional<std::string> status;   // given while it was
@@ -85,9 +88,9 @@ struct deferred_reply::owed {
     explicit owed(SMTPChannel* who);
     owed(const owed&) = delete;
     owed& operator=(const owed&) = delete;
-    ~owed() { settle(std::nullopt); }   // the last that could have answered goes without a word
+    ~owed() { settle(std::nullopt); }   // no token is left that could answer
     void settle(std::optional<std::string_view> reply);
-    // A client that can't be answered is not left waiting.
+    // Closes the channel when `answer` throws: a client that can't be answered is not left waiting.
     static void guarded(SMTPChannel& waiting, const std::function<void()>& answer) noexcept;
 };
 
@@ -168,8 +171,10 @@ void SMTPChannel::_set_rset_state() {
 //
 // A command: collect_incoming_data() gathers the line, found_terminator() finds its verb's method, and that pushes one
 // reply. A message: DATA changes state and terminator, the bytes are unstuffed as they come, and at the end the
-// server's process_message() returns the reply. Bytes past a limit are counted, not kept: the reply says so when the
-// line or the message has ended, and the client stays in step.
+// server's process_message() returns the reply. Bytes past a limit are dropped: the reply says so when the line or the
+// message has ended, and the client stays in step.
+
+// In an event of the loop the line only joins the queue, and gather() sends all of it at the end.
 void SMTPChannel::push(std::string_view msg) {
     replied_ = true;
     std::string line;
@@ -179,7 +184,9 @@ void SMTPChannel::push(std::string_view msg) {
     if (!gathering_) initiate_send();
 }
 
-// Python sends each reply by itself; here those of one event go together, also when an exception ends it.
+// Python sends each reply by itself; here those of one event go together, also when an exception ends it. That goes on
+// its way when they have been sent. An event may come inside another one, when a hook runs the loop: the outer one
+// sends.
 template <typename Event>
 void SMTPChannel::gather(Event event) {
     const bool outermost = !std::exchange(gathering_, true);
@@ -204,13 +211,15 @@ void SMTPChannel::handle_read() {
     gather([this] { async_chat::handle_read(); });
 }
 
+// conn is Python's second name for the socket, and changes with it.
 void SMTPChannel::set_socket(std::unique_ptr<asyncore::socket_type> sock, asyncore::map_type* map) {
     async_chat::set_socket(std::move(sock), map);
     conn = socket.get();
 }
 
-// A piece of a line, or of a message. Three clocks and counters stand here, because every byte comes by: the idle
-// clock, data_timeout's, and num_bytes. A message is unstuffed as it comes, so that its end costs nothing.
+// A piece of a line, or of a message. Every byte comes by here, so here are the idle clock, data_timeout's, and
+// num_bytes. A message is unstuffed as it comes, so that its end costs nothing. data_timeout's clock is set anew
+// whenever another 64 KiB have come (data_left_); a new message starts with none left.
 void SMTPChannel::collect_incoming_data(std::string_view data) {
     if (smtp_state != COMMAND && smtp_state != DATA) {   // a state of a subclass: the line is its own affair
         if (received_lines.empty()) active_ = asyncore::clock::now();
@@ -245,7 +254,8 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
     if (_decode_data) utf8_size_ += utf8_prefix(std::string_view(received_lines).substr(utf8_size_));
 }
 
-// Reserves the declared size, else the size of the previous message; past 4 MiB the usual limit. Unused pages are never
+// Appending alone would copy a large message again and again. So this reserves the declared size or that of the last
+// message, the larger one, and past 4 MiB the usual limit. Unused pages are never
 // touched, so they cost no memory. When the system refuses that much, less is asked for: the message may fit all the
 // same.
 void SMTPChannel::make_room(std::size_t more) {
@@ -288,8 +298,9 @@ void SMTPChannel::found_terminator() {
     stop_when_idle();
 }
 
-// A command that throws has changed nothing, and the session goes on. Python: the connection is closed, without a
-// reply.
+// A command that throws has changed nothing: what it noted is taken back, the client gets 451, and the session goes on.
+// If it has pushed a reply before, that can't be taken back, and what it threw ends the session. Python closes the
+// connection in each case, without a reply.
 void SMTPChannel::execute(std::string_view line, std::size_t size) {
     const std::size_t recipients = rcpttos.size();
     const bool open = !mailfrom.empty();
@@ -304,7 +315,7 @@ void SMTPChannel::execute(std::string_view line, std::size_t size) {
     } catch (...) {
         executing_ = false;
         if (replied_ && asked_) finish(std::exchange(asked_, nullptr), std::nullopt);
-        if (replied_) throw;   // it can't be taken back
+        if (replied_) throw;
         leaving = log_unless_ExitNow("uncaptured C++ exception in a command of");
     }
     deferred_ = nothing;
@@ -312,11 +323,12 @@ void SMTPChannel::execute(std::string_view line, std::size_t size) {
     if (!open) mailfrom.clear();
     auto reply = std::exchange(asked_, nullptr);
     if (!reply) reply = std::make_shared<deferred_reply::owed>(this);
-    reply->deferred = false;
+    reply->deferred = false;   // its tokens come too late
     finish(reply, "451 Error: command not processed", leaving);
 }
 
-// A hook has ended, by `thrown` perhaps. Its answer is what it has returned, unless it has deferred it.
+// A hook has ended. The reply is what it has returned, unless it has deferred that. An ExitNow leaves the loop now,
+// with the reply still owed: left_behind_ keeps it, and handle_timeout() gives 451 should the loop be entered again.
 void SMTPChannel::finish(const std::shared_ptr<deferred_reply::owed>& reply, std::optional<std::string> status,
                          const std::exception_ptr& thrown) {
     reply->in_hook = false;
@@ -341,7 +353,8 @@ std::exception_ptr SMTPChannel::log_unless_ExitNow(std::string_view what) {
     }
 }
 
-// Refuses an address when a hook has said so.
+// Refuses an address when a hook has said so. True: the command is over. A deferred one is judged when the token
+// answers.
 bool SMTPChannel::refused(const std::string& reply) {
     if (!connected) return true;   // the hook has closed it, or destroyed the server
     if (reply.empty() || asked_) return false;
@@ -385,7 +398,7 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         _set_post_data_state();
         return push("554 Error: message is not valid UTF-8");
     }
-    if (line.capacity() / 4 > line.size()) line.shrink_to_fit();
+    if (line.capacity() / 4 > line.size()) line.shrink_to_fit();   // the message may be kept for long
     received_data = std::move(line);
     auto reply = std::make_shared<deferred_reply::owed>(this);
     message_options kwargs;
@@ -393,7 +406,7 @@ void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
         kwargs.mail_options = mail_options;
         kwargs.rcpt_options = rcpt_options;
     }
-    kwargs.owed_ = asked_ = reply;
+    kwargs.owed_ = asked_ = reply;   // kwargs holds it weakly: a copy that is kept has no token once the hook is over
     std::optional<std::string> status;
     std::exception_ptr leaving;
     pause();   // a pass inside process_message() shall not read on
@@ -422,6 +435,7 @@ deferred_reply SMTPChannel::defer() {
     return deferred_reply(reply);
 }
 
+// Of a message as of a command: what was asked for it was not done.
 void SMTPChannel::answer_lost() { answer(not_processed); }
 
 void SMTPChannel::resume() {
@@ -455,6 +469,7 @@ void SMTPChannel::stop(asyncore::clock::time_point bound) {
     stop_when_idle();
 }
 
+// Asked whenever a reply is out: that is when a message or a command is no longer in hand.
 void SMTPChannel::stop_when_idle() {
     if (stop_by_ && !in_hand()) say_goodbye("421 Error: server is shutting down");
 }
@@ -478,23 +493,24 @@ asyncore::clock::time_point SMTPChannel::deadline() {
     return due;
 }
 
-// Something has come due: deadline() tells what. A client that has been told goodbye, or does not take its replies,
-// gets no more time.
+// What deadline() names has come due, in the same order. A client that has been told goodbye, or does not take its
+// replies, gets no more time.
 void SMTPChannel::handle_timeout() {
     if (left_behind_) return left_behind_.reset();
     if (async_chat::deadline() <= asyncore::clock::now()) return gather([this] { async_chat::handle_timeout(); });
-    if (input_over() || queued() > 0) return close();   // it does not even fetch what it was told
+    if (input_over() || queued() > 0) return close();
     const bool stopped = stop_by_ && *stop_by_ <= asyncore::clock::now();
     say_goodbye(stopped ? "421 Error: server is shutting down" : "421 Error: timeout exceeded");
     active_ = asyncore::clock::now();
     if (stopped) close();
 }
 
+// Output that goes is a sign of life. A client that fetches its replies byte by byte is idle all the same.
 void SMTPChannel::handle_write() {
     const std::size_t before = queued();
     async_chat::handle_write();
     fetched_ += before - std::min(before, queued());
-    if (queued() > 0 && fetched_ < 4096) return;   // a client that fetches its replies byte by byte is idle
+    if (queued() > 0 && fetched_ < 4096) return;
     active_ = asyncore::clock::now();
     fetched_ = 0;
 }
@@ -527,6 +543,7 @@ SMTPChannel::command SMTPChannel::find_command(std::string_view verb) {
     return nullptr;
 }
 
+// As in Python, a client greets once: RFC 5321 would let it greet again.
 void SMTPChannel::smtp_HELO(argument arg) {
     if (!arg || arg->empty()) return push("501 Syntax: HELO hostname");
     if (!seen_greeting.empty()) return push("503 Duplicate HELO/EHLO");
@@ -540,7 +557,7 @@ void SMTPChannel::smtp_HELO(argument arg) {
 void SMTPChannel::smtp_EHLO(argument arg) {
     if (!arg || arg->empty()) return push("501 Syntax: EHLO hostname");
     if (!seen_greeting.empty()) return push("503 Duplicate HELO/EHLO");
-    const auto more = extensions();
+    const auto more = extensions();   // first: a subclass's function may throw
     _set_rset_state();
     seen_greeting = *arg;
     extended_smtp = true;
@@ -564,6 +581,7 @@ void SMTPChannel::smtp_NOOP(argument arg) { push(arg && !arg->empty() ? "501 Syn
 
 void SMTPChannel::smtp_QUIT(argument) { say_goodbye("221 Bye"); }
 
+// The keyword has its colon, "FROM:", and no space need follow it.
 std::string_view SMTPChannel::_strip_command_keyword(std::string_view keyword, std::string_view arg) {
     if (upper(arg.substr(0, keyword.size())) != keyword) return {};
     return strip(arg.substr(keyword.size()));
@@ -580,6 +598,7 @@ std::optional<std::pair<std::string, std::string_view>> SMTPChannel::_getaddr(st
     return parsed;
 }
 
+// A word is NAME or NAME=VALUE, in upper case already. The parameters are views of the words.
 std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector<std::string>& params) {
     const auto is_alnum = [](char c) { return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z'); };
     parameters result;
@@ -595,6 +614,7 @@ std::optional<SMTPChannel::parameters> SMTPChannel::_getparams(const std::vector
     return result;
 }
 
+// One table for HELP and for the 501 replies: a subclass tells of its verb here, and HELP knows it.
 std::string SMTPChannel::syntax(std::string_view verb) const {
     static constexpr std::pair<std::string_view, std::string_view> table[] = {{"EHLO", "EHLO hostname"},
                                                                               {"HELO", "HELO hostname"},
@@ -612,6 +632,7 @@ std::string SMTPChannel::syntax(std::string_view verb) const {
     return "";
 }
 
+// The list is Python's to the byte, so a verb of a subclass is not in it.
 void SMTPChannel::smtp_HELP(argument arg) {
     const std::string known = "Supported commands: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY";
     if (!arg || arg->empty()) return push("250 " + known);
@@ -619,6 +640,7 @@ void SMTPChannel::smtp_HELP(argument arg) {
     push(text.empty() ? "501 " + known : "250 Syntax: " + text);
 }
 
+// 252 tells a stranger nothing about who has a mailbox here (RFC 5321, 3.5.3 and 7.3).
 void SMTPChannel::smtp_VRFY(argument arg) {
     if (!arg || arg->empty()) return push("501 Syntax: VRFY <address>");
     const auto parsed = _getaddr(*arg);
@@ -641,6 +663,7 @@ void SMTPChannel::smtp_MAIL(argument arg) {
     const std::vector<std::string> words = split(upper(parsed->second));
     auto params = _getparams(words);
     if (!params) return push(syntaxerr);
+    // Takes a parameter out, so that those that are left over at the end are unknown.
     const auto pop = [&params](std::string_view name) {
         std::optional<std::optional<std::string_view>> value;   // none at all: not given
         for (const auto& it : *params)
@@ -665,7 +688,7 @@ void SMTPChannel::smtp_MAIL(argument arg) {
     if (const auto size = pop("SIZE")) {
         const std::string_view digits = size->value_or("");
         if (digits.empty() || digits.find_first_not_of("0123456789") != digits.npos) return push(syntaxerr);
-        for (const char digit : digits)   // as far as the number fits
+        for (const char digit : digits)   // a number that is too large for its type is the largest of it
             declared = declared > SIZE_MAX / 10 - 1 ? SIZE_MAX : declared * 10 + static_cast<std::size_t>(digit - '0');
         if (data_size_limit && declared > data_size_limit)
             return push("552 Error: message size exceeds fixed maximum message size");
@@ -683,6 +706,8 @@ void SMTPChannel::smtp_MAIL(argument arg) {
         answer_MAIL();
 }
 
+// The limit comes before refuse_RCPT(), which may be slow: it is not asked about what can't be taken anyway. A
+// recipient whose reply is deferred is noted at once, and answer() takes it back when it is refused.
 void SMTPChannel::smtp_RCPT(argument arg) {
     if (seen_greeting.empty()) return push("503 Error: send HELO first");
     if (debugging()) DEBUGSTREAM << "===> RCPT " << (arg ? asyncore::repr(*arg) : "None") << std::endl;
@@ -796,11 +821,14 @@ void SMTPServer::stop(std::chrono::milliseconds grace) {
     }
 }
 
+// A listener has a deadline only while it rests: see pause_accepting().
 asyncore::clock::time_point SMTPServer::deadline() {
     return accepting_paused_ ? accept_again_at_ : asyncore::clock::time_point::max();
 }
 
-// Python takes one client a pass, and closes the listener when accept() fails, or what is called with the client.
+// Python takes one client a pass, and closes the listener when anything in here fails. A hundred at most, so that those
+// who are connected have their turn. The errors that are thrown on mean that this is no listener any more; others
+// concern one client, or pass.
 void SMTPServer::handle_accept() {
     // What is called may destroy this server: the map knows.
     const asyncore::map_type& map = *_map;
@@ -829,13 +857,14 @@ void SMTPServer::handle_accept() {
     }
 }
 
-// Does not listen for a moment, lest the loop spin.
+// Accepts no client for a moment: the listener stays readable, and the loop would spin.
 void SMTPServer::pause_accepting() {
     accepting_paused_ = true;
     accept_again_at_ = asyncore::clock::now() + std::chrono::milliseconds(100);
 }
 
-// Descriptors have run out: the spare one serves to tell a client so.
+// Descriptors have run out, most likely. The spare one is given up for the client that waits, who is told and closed;
+// then it is taken back.
 void SMTPServer::turn_away() {
     pause_accepting();
     succeeds([this] {
@@ -845,7 +874,7 @@ void SMTPServer::turn_away() {
     spare_ = asyncore::socket_type(open_spare());
 }
 
-// The map owns the channel from before start(), so that anything may close it there.
+// The map owns the channel before start() is called, so that start() and what it calls may close it.
 void SMTPServer::handle_accepted(std::unique_ptr<asyncore::socket_type> sock, const address& from) {
     if (debugging()) DEBUGSTREAM << "Incoming connection from " << from.repr() << std::endl;
     if (settings.connection_limit && channels_.size() >= settings.connection_limit) {
@@ -878,8 +907,9 @@ namespace {
 
 bool is_plain(char c) { return (c >= ' ' && c < 0x7f) || c == '\t'; }
 
-// Bytes at the front that are printed as they are: ASCII without control characters, eight at a time as long as it
-// goes.
+// Bytes at the front that are printed as they are. Eight are looked at in one word: a byte below the space borrows its
+// top bit when that is taken away, DEL gets it when 1 is added, and what is not ASCII has it. A neighbour's borrow or
+// carry may set it too; the bytes are then looked at one by one, which is slower and not wrong.
 std::size_t plain_length(std::string_view text) {
     constexpr std::uint64_t each = 0x0101010101010101;
     std::size_t size = 0;
@@ -927,7 +957,8 @@ std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "un
 }   // namespace
 
 // Line by line, with X-Peer before the first empty one. Lines end where Python's splitlines() ends them, which is at
-// more places for text than for bytes. The text goes through a buffer: a stream is slow for single characters.
+// more places for text than for bytes. The text goes through a buffer, as a stream is slow for single characters; what
+// is put into it at a time takes four bytes at most.
 void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
     std::string text(16384, '\0');
     bool inheaders = true;
@@ -966,6 +997,7 @@ std::optional<std::string> DebuggingServer::process_message(const address& peer,
     if (!kwargs.rcpt_options.empty()) out << "rcpt options: " << list_repr(kwargs.rcpt_options) << "\n\n";
     _print_message_content(peer, data, out);
     out << "------------ END MESSAGE ------------" << std::endl;
+    // The client must not hear 250 for a message that was printed nowhere, and the next one would fare no better.
     if (!out) throw asyncore::ExitNow("cannot write the message to stdout");
     return std::nullopt;
 }
@@ -998,10 +1030,10 @@ namespace {
 
 constexpr char not_available[] = "451 Error: the next server is not available";
 
-// Whether an answer is a no that the client can be told as it is.
+// Whether a reply is a no that the client can be told as it is. 421 is about our connection, and not the client's.
 bool is_refusal(const reply& answer) { return answer.code >= 400 && answer.code <= 599 && answer.code != 421; }
 
-// What the client is told of the answer to its message.
+// What the client is told of the reply to its message.
 std::string final_answer(const reply& answer) {
     return answer.code == 250 || is_refusal(answer) ? answer.line() : not_available;
 }
@@ -1010,9 +1042,10 @@ std::string final_answer(const reply& answer) {
 
 ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_type> sock, const address& from)
     : SMTPChannel(server, std::move(sock), from) {
-    no_delay(*conn);   // answers come one by one: none shall wait for another
+    no_delay(*conn);   // replies come one by one: none shall wait for another
 }
 
+// The handlers of its sessions know the channel. An abandoned session calls none, so they may.
 void ProxyChannel::close() {
     SMTPChannel::close();
     for (auto& it : transactions_) it.abandon();
@@ -1020,7 +1053,7 @@ void ProxyChannel::close() {
 
 // Brings the destination to where it takes recipients: `then` gets its reply to MAIL, or what came in between. A
 // session that was idle may be lost just as MAIL is said, for the other side's patience is over: a new one is opened,
-// once.
+// once. Nothing has been told of the new transaction by then, so the client need not know.
 void ProxyChannel::transaction::begin(SMTP::handler then) {
     const SMTP::handler unless_lost = [this, then](const reply& said) {
         if (said.code >= 0 && said.code != 421) return then(said);
@@ -1049,6 +1082,8 @@ void ProxyChannel::transaction::reset(const std::function<void()>& then) {
     });
 }
 
+// A recipient may need SMTPUTF8 as well as the sender: MAIL is said late to a side of MailmanProxy, and said again by
+// answer_RCPT(), and each time the client's last recipient is the reason. The session is stale from here on.
 void ProxyChannel::transaction::say_MAIL(SMTP::handler then) {
     if (!session) return then({});
     std::vector<std::string> with;
@@ -1064,7 +1099,7 @@ void ProxyChannel::transaction::say_MAIL(SMTP::handler then) {
     });
 }
 
-// The client's last recipient. 251 is 250 for `then`.
+// Names the client's last recipient. 251, "will forward", is a yes like 250, and the client need not tell them apart.
 void ProxyChannel::transaction::say_RCPT(SMTP::handler then) {
     const std::string& recipient = channel.rcpttos.back();
     if (!session) return then({});
@@ -1076,8 +1111,8 @@ void ProxyChannel::transaction::say_RCPT(SMTP::handler then) {
     });
 }
 
-// What the client is told of a no. Anything else that is not a yes ends the session; and the transaction, when it takes
-// along what the client was given a 250 for.
+// What the client is told when the reply was not a yes. A proper no is passed on. Anything else ends the session. It
+// ends the client's transaction too, if the client had a 250 for something that is lost with the session.
 std::string ProxyChannel::transaction::refusal(const reply& said) {
     if (is_refusal(said)) return said.line();
     if (debugging()) DEBUGSTREAM << "got " << said.code << ' ' << asyncore::repr(said.text) << std::endl;
@@ -1087,15 +1122,19 @@ std::string ProxyChannel::transaction::refusal(const reply& said) {
     return not_available;
 }
 
+// The pointer goes first: on_close is not called for an abandoned session.
 void ProxyChannel::transaction::abandon() {
     if (SMTP* ended = std::exchange(session, nullptr)) ended->abandon();
 }
 
+// The client has to begin again with MAIL: until then smtp_RCPT() and smtp_DATA() say 451.
 void ProxyChannel::lose() {
     _set_post_data_state();
     lost_ = true;
 }
 
+// The handlers hold `this` and `it` without owning them. That is safe: close() abandons the sessions, and an abandoned
+// session calls no handler.
 void ProxyChannel::answer_MAIL() {
     lost_ = false;
     for (auto& it : transactions_) it.begun = false, it.accepted.clear();   // of a transaction before
@@ -1108,6 +1147,7 @@ void ProxyChannel::answer_MAIL() {
     });
 }
 
+// A destination without an address is MailmanProxy's without LMTP: list_exists() has said yes, and that is enough.
 void ProxyChannel::answer_RCPT() {
     PureProxy::side to = PureProxy::side::upstream;
     try {
@@ -1135,13 +1175,14 @@ void ProxyChannel::answer_RCPT() {
     });
 }
 
-// There was nothing left that could pass an answer on: memory ran out, for one.
+// No token is left that could pass a reply on: memory ran out, for one. What the next servers know is uncertain.
 void ProxyChannel::answer_lost() {
     for (auto& it : transactions_) it.abandon();
     lose();
     answer(not_available);
 }
 
+// The client hears 250 when both sides have forgotten. A side that has heard nothing of the transaction is not asked.
 void ProxyChannel::smtp_RSET(argument arg) {
     if (arg && !arg->empty()) return SMTPChannel::smtp_RSET(arg);
     lost_ = false;
@@ -1160,6 +1201,7 @@ void ProxyChannel::smtp_RCPT(argument arg) {
     SMTPChannel::smtp_RCPT(arg);
 }
 
+// A session may have been lost since its last RCPT. The client is told before it sends the message for nothing.
 void ProxyChannel::smtp_DATA(argument arg) {
     for (const auto& it : transactions_)
         if (!it.session && !it.accepted.empty()) lose();
@@ -1205,7 +1247,8 @@ struct header {
 constexpr int most_hops = 50;
 constexpr char too_many_hops[] = "554 Error: too many hops";
 
-// Whether a connection to `to` comes to this listener.
+// Whether a connection to `to` comes to this listener: the port is the same, and so is the address. A listener on all
+// addresses takes those of this host, and they are the ones that a socket can be bound to.
 bool is_own(const asyncore::socket_type& listener, address to) {
     const address own = listener.getsockname();
     const auto plain = [](std::string host) {   // IPv4, when it is IPv4 in IPv6
@@ -1221,6 +1264,7 @@ bool is_own(const asyncore::socket_type& listener, address to) {
     return succeeds([&] { asyncore::socket_type(to.family, SOCK_STREAM).bind(to); });   // so it is one of this host
 }
 
+// A proxy that sends to itself would pass a message round until its X-Peer lines are too many.
 void check_next(const SMTPServer& server, const address& next) {
     std::vector<address> targets;
     if (!next.none()) succeeds([&] { targets = asyncore::getaddrinfo(next); });   // the name may not be known yet
@@ -1230,12 +1274,14 @@ void check_next(const SMTPServer& server, const address& next) {
 
 }   // namespace
 
+// The map owns the sessions of deliver(), and they may outlive this; their handlers know it.
 PureProxy::~PureProxy() {
     for (SMTP* session : std::exchange(deliveries_, {})) session->abandon();
 }
 
 void PureProxy::check_settings() const { check_next(*this, _remoteaddr); }
 
+// The bound is shared with the sessions, which may outlive this.
 void PureProxy::stop(std::chrono::milliseconds grace) {
     *stop_by_ = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
     SMTPServer::stop(grace);
@@ -1246,6 +1292,7 @@ std::unique_ptr<SMTPChannel> PureProxy::channel_class(std::unique_ptr<asyncore::
     return std::make_unique<ProxyChannel>(*this, std::move(sock), from);
 }
 
+// Many servers refuse a name without a dot in EHLO. An address literal then takes its place: see own_name().
 std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
     auto session = to == side::lists ? std::make_unique<LMTP>(settings.map, settings.upstream)
                                      : std::make_unique<SMTP>(settings.map, settings.upstream);
@@ -1253,6 +1300,7 @@ std::unique_ptr<SMTP> PureProxy::make_session(side to) const {
     return session;
 }
 
+// make_session() may be a subclass's: what each session needs is added here.
 std::unique_ptr<SMTP> PureProxy::new_session(side to) const {
     auto session = make_session(to);
     session->stop_by_ = stop_by_;
@@ -1272,7 +1320,8 @@ std::optional<std::string> PureProxy::process_message(const address& peer, const
     return std::nullopt;
 }
 
-// On the transaction that is open, when there is one for just these recipients.
+// On the transaction that is open, if the other side has accepted just this envelope in it. A subclass that has changed
+// the sender or the recipients gets a connection of its own, and so does what it sends when no client waits.
 void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                       const message_options& kwargs, SMTP::handler then) {
     SMTPChannel* client = kwargs.channel();
@@ -1295,6 +1344,7 @@ void PureProxy::_deliver(const std::string& mailfrom, const std::vector<std::str
     deliver(side::upstream, mailfrom, rcpttos, std::move(data), {}, std::move(then));
 }
 
+// One reply stands for all the recipients, so one refusal is enough to give up (sendmail's `all`).
 void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                         const std::vector<std::string>& mail_options, SMTP::handler then) {
     auto session = new_session(to);
@@ -1320,7 +1370,8 @@ void PureProxy::deliver(side to, const std::string& mailfrom, const std::vector<
 
 namespace {
 
-// What an address for Mailman 3 consists of: it cuts off a +tag, and a command after the last dash.
+// What an address for Mailman 3 consists of: NAME-command+tag@domain. A dash may belong to the name, so what follows it
+// is a command only if Mailman knows it.
 struct list_address {
     std::string listname, command, tag, domain;
 
@@ -1346,17 +1397,20 @@ std::string date_now() {
     std::tm tm{};
     ::gmtime_r(&now, &tm);
     char text[64];
+    // strftime() would ask the locale for the two names: it leaves room for them.
     std::strftime(text, sizeof text, "day, %d mon %Y %H:%M:%S +0000", &tm);
     const auto name = [](const char* names, int which) {
         return names + std::size_t{3} * static_cast<unsigned>(which);
     };
-    std::memcpy(text, name("SunMonTueWedThuFriSat", tm.tm_wday), 3);   // strftime() would ask the locale
+    std::memcpy(text, name("SunMonTueWedThuFriSat", tm.tm_wday), 3);
     std::memcpy(text + 8, name("JanFebMarAprMayJunJulAugSepOctNovDec", tm.tm_mon), 3);
     return text;
 }
 
 }   // namespace
 
+// A stranger's text becomes part of a path: with a slash or a dot in front it could leave the folder, and a NUL would
+// cut it short.
 bool MailmanProxy::list_exists(const std::string& listname, const std::string& domain) const {
     if (listname.empty() || listname[0] == '.' || domain.empty() || domain[0] == '.') return false;
     if ((listname + domain).find_first_of(std::string_view("/\0", 2)) != listname.npos) return false;
@@ -1373,7 +1427,7 @@ bool MailmanProxy::list_exists(const std::string& listname, const std::string& d
 void MailmanProxy::check_settings() const {
     PureProxy::check_settings();
     check_next(*this, settings.mailman_lmtp);
-    list_exists("lists", "invalid");
+    list_exists("lists", "invalid");   // throws when the folder can't be looked into
 }
 
 PureProxy::side MailmanProxy::route(const std::string& recipient) const {
@@ -1394,7 +1448,8 @@ void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::s
     enqueue_next(mailfrom, recipients, std::move(message), kwargs, std::move(then));
 }
 
-// Mailman gives one answer where RFC 2033 wants one for each recipient: each gets a transaction of its own.
+// Mailman gives one reply where RFC 2033 wants one for each recipient. So each gets a transaction of its own. The first
+// no ends it, and the client sends to all of them again.
 void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::string> recipients, letter message,
                                 const message_options& kwargs, SMTP::handler then) {
     const std::string first = recipients.front();
@@ -1462,15 +1517,15 @@ std::map<std::string, server_factory>& server_class::all() {
 //     a token answers later              the channel is paused until then; settle() answers, and it goes on
 //     all tokens go, none has answered   ~owed answers: 451, and the channel goes on
 //
-// In each of them settle() takes the channel out, so that the first answer is the only one. When the client has gone,
-// its channel has set `channel` to null, and answers do nothing.
+// In each of them settle() takes the channel out, so that only the first one answers. When the client has gone, its
+// channel has set `channel` to null, and answer() does nothing.
 
 // A channel waits for one reply: the last that was asked for.
 deferred_reply::owed::owed(SMTPChannel* who) : channel(who) {
     if (owed* former = std::exchange(channel->owed_, this)) former->channel = nullptr;
 }
 
-// Nothing, when that has been done, or the client has gone.
+// Gives the client the reply; none is 451. Does nothing when the client has a reply, or has gone.
 void deferred_reply::owed::settle(std::optional<std::string_view> reply) {
     SMTPChannel* const waiting = std::exchange(channel, nullptr);
     if (!waiting) return;
@@ -1485,6 +1540,7 @@ void deferred_reply::owed::guarded(SMTPChannel& waiting, const std::function<voi
     if (!succeeds(answer)) succeeds([&] { waiting.close(); });   // it leaves the map in any case
 }
 
+// Inside the hook the first answer() is kept; a later one finds it there. See "Replies that come later".
 void deferred_reply::answer(std::string_view status) const {
     if (!owed_ || !owed_->channel || owed_->status) return;
     if (owed_->in_hook)
