@@ -401,6 +401,7 @@ void dispatcher::del_channel(map_type* map) {
     _fileno = -1;
 }
 
+// By way of make_socket(), so that a subclass can have a socket of its own class.
 void dispatcher::create_socket(int family, int type) {
     family_and_type = {family, type};
     set_socket(make_socket(family, type));
@@ -434,6 +435,7 @@ void dispatcher::set_reuse_addr() {
     }
 }
 
+// `accepting` is what makes it a listener for the handlers below: a read event is then a client.
 void dispatcher::listen(int num) {
     accepting = true;
     the_socket().listen(num);
@@ -764,12 +766,15 @@ void async_chat::collect_incoming_data(std::string_view) {
 
 void async_chat::_collect_incoming_data(std::string_view data) { incoming += data; }
 
+// Python's two helpers for a subclass that only gathers: this one hands out what the other has gathered, and forgets
+// it.
 std::string async_chat::_get_data() { return std::exchange(incoming, {}); }
 
 void async_chat::found_terminator() { throw asyncore::NotImplementedError("must be implemented in subclass"); }
 
 void async_chat::set_terminator(std::string_view term) { terminator_.emplace<std::string>(term); }
 
+// Signed, so that a negative number is an error, as in Python, and no huge one.
 void async_chat::set_terminator(std::ptrdiff_t count) {
     if (count < 0) throw std::invalid_argument("the number of received bytes must be positive");
     terminator_ = static_cast<std::size_t>(count);
@@ -951,6 +956,7 @@ void async_chat::handle_timeout() {
     look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
 }
 
+// The first look comes a second later, since most replies come sooner than that.
 void async_chat::pause() {
     paused_ = true;
     look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
@@ -982,6 +988,7 @@ void async_chat::queue(std::string_view data) {
     }
 }
 
+// Shared: refill() holds on to the producer while it is asked, though the queue may be discarded in the meantime.
 void async_chat::push_with_producer(std::shared_ptr<producer> source) {
     producer_fifo.emplace_back(std::move(source));
     initiate_send();
@@ -1095,6 +1102,7 @@ void async_chat::discard_buffers() {
 simple_producer::simple_producer(std::string data, std::size_t buffer_size)
     : data_(std::move(data)), buffer_size_(buffer_size) {}
 
+// A piece is copied out and the text stays as it is: cutting its front off would move the rest each time.
 std::string simple_producer::more() {
     std::string result = data_.substr(sent_, buffer_size_);
     sent_ += result.size();

@@ -98,6 +98,18 @@ struct deferred_reply::owed {
 // SMTPChannel
 // ---------------------------------------------------------------------------------------------------------
 
+// The states of a channel.
+//
+//   smtp_state        COMMAND: a line ends at CR LF. DATA: a message ends at CR LF . CR LF. Others: a subclass's own.
+//   paused()          a reply is owed. Nothing is read and nothing is executed; what has been received waits in order.
+//   input_over()      the last reply has been pushed. The channel closes when that has been sent.
+//   smtp_server null  the server has gone, and the channel is closed.
+//
+// A command: collect_incoming_data() gathers the line, found_terminator() finds its verb's method, and that pushes one
+// reply. A message: DATA changes state and terminator, the bytes are unstuffed as they come, and at the end the
+// server's process_message() returns the reply. Bytes past a limit are dropped: the reply says so when the line or the
+// message has ended, and the client stays in step.
+
 std::size_t SMTPChannel::max_command_size_limit() const {
     // Python leaves command_size_limit out, and the limit of one verb becomes every command's.
     std::size_t largest = command_size_limit;
@@ -161,18 +173,6 @@ void SMTPChannel::_set_rset_state() {
     received_data.clear();
     received_lines.clear();
 }
-
-// The states of a channel.
-//
-//   smtp_state        COMMAND: a line ends at CR LF. DATA: a message ends at CR LF . CR LF. Others: a subclass's own.
-//   paused()          a reply is owed. Nothing is read and nothing is executed; what has been received waits in order.
-//   input_over()      the last reply has been pushed. The channel closes when that has been sent.
-//   smtp_server null  the server has gone, and the channel is closed.
-//
-// A command: collect_incoming_data() gathers the line, found_terminator() finds its verb's method, and that pushes one
-// reply. A message: DATA changes state and terminator, the bytes are unstuffed as they come, and at the end the
-// server's process_message() returns the reply. Bytes past a limit are dropped: the reply says so when the line or the
-// message has ended, and the client stays in step.
 
 // In an event of the loop the line only joins the queue, and gather() sends all of it at the end.
 void SMTPChannel::push(std::string_view msg) {
@@ -255,9 +255,8 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
 }
 
 // Appending alone would copy a large message again and again. So this reserves the declared size or that of the last
-// message, the larger one, and past 4 MiB the usual limit. Unused pages are never
-// touched, so they cost no memory. When the system refuses that much, less is asked for: the message may fit all the
-// same.
+// message, the larger one, and past 4 MiB the usual limit. Unused pages are never touched, so they cost no memory. When
+// the system refuses that much, less is asked for: the message may fit all the same.
 void SMTPChannel::make_room(std::size_t more) {
     constexpr std::size_t large = 1 << 22;
     const std::size_t needed = received_lines.size() + more, before = received_lines.capacity();
@@ -435,7 +434,7 @@ deferred_reply SMTPChannel::defer() {
     return deferred_reply(reply);
 }
 
-// Of a message as of a command: what was asked for it was not done.
+// Of a command too, in the words of a message: what the client has asked for was not done.
 void SMTPChannel::answer_lost() { answer(not_processed); }
 
 void SMTPChannel::resume() {
@@ -650,7 +649,8 @@ void SMTPChannel::smtp_VRFY(argument arg) {
 }
 
 // Python's order of checks, which a client can see: syntax before "nested MAIL", parameters in the order BODY,
-// SMTPUTF8, SIZE, unknown ones. Nothing is noted until all of them are passed.
+// SMTPUTF8, SIZE, unknown ones. Nothing is noted until all of them are passed. When refuse_MAIL() has deferred, the
+// sender is noted and answer() has the last word.
 void SMTPChannel::smtp_MAIL(argument arg) {
     if (seen_greeting.empty()) return push("503 Error: send HELO first");
     if (debugging()) DEBUGSTREAM << "===> MAIL " << (arg ? asyncore::repr(*arg) : "None") << std::endl;
@@ -811,6 +811,8 @@ std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore:
     return std::make_unique<SMTPChannel>(*this, std::move(sock), from);
 }
 
+// A channel that says goodbye may close, and its close() may close others: so the set is searched again after each,
+// from where it was.
 void SMTPServer::stop(std::chrono::milliseconds grace) {
     const auto bound = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
     succeeds([this] { close(); });   // it listens no more, whatever close() says
@@ -828,7 +830,7 @@ asyncore::clock::time_point SMTPServer::deadline() {
 
 // Python takes one client a pass, and closes the listener when anything in here fails. A hundred at most, so that
 // clients that are connected have their turn. The errors that are thrown on mean that this is no listener any more;
-// others concern one client, or pass.
+// others concern one client, or are over soon.
 void SMTPServer::handle_accept() {
     // What is called may destroy this server: the map knows.
     const asyncore::map_type& map = *_map;
@@ -1228,6 +1230,7 @@ struct header {
     int hops = 0;          // X-Peer lines: proxies that it came through
     bool from = false, date = false;
 
+    // A name counts in any case, up to its colon. The loop ends at an empty line, or with the message.
     explicit header(std::string_view message) {
         while (const std::size_t length = line_length(message.substr(end))) {
             const std::string_view line = message.substr(end, length);
@@ -1312,7 +1315,9 @@ const address& PureProxy::address_of(side to) const { return to == side::lists ?
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
                                                       const message_options& kwargs) {
-    const header top(data += '\n');   // the last line's end, which was half of the end of data
+    // A message that has come through fifty proxies goes round in a circle. The last line gets its end back here: that
+    // was half of the end of data.
+    const header top(data += '\n');
     if (top.hops > most_hops) return too_many_hops;
     data.insert(top.end, "X-Peer: " + peer_host(peer) + "\n");
     relay(side::upstream, mailfrom, rcpttos, std::move(data), kwargs,
@@ -1430,6 +1435,7 @@ void MailmanProxy::check_settings() const {
     list_exists("lists", "invalid");   // throws when the folder can't be looked into
 }
 
+// Mailman's lists are in lower case, and so are their folders.
 PureProxy::side MailmanProxy::route(const std::string& recipient) const {
     const list_address parts(lower(recipient));
     return list_exists(parts.listname, parts.domain) ? side::lists : side::upstream;
@@ -1442,6 +1448,7 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
     return parts.listname + "-owner" + parts.tag + "@" + parts.domain;
 }
 
+// Public and virtual: a subclass may hand the message to Mailman in another way.
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
@@ -1460,7 +1467,9 @@ void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::st
     });
 }
 
-// The message is one string throughout: upstream's first, then that of the lists.
+// The message is one string throughout: upstream's first, then that of the lists. So there is one copy of it in memory,
+// and the lines that Mailman needs are put in when upstream has had it. `then` takes upstream's reply; when there is no
+// recipient for upstream, it is called as if upstream had said yes.
 std::optional<std::string> MailmanProxy::process_message(const address&, const std::string& mailfrom,
                                                          const std::vector<std::string>& rcpttos, std::string&& data,
                                                          const message_options& kwargs) {
@@ -1474,7 +1483,7 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
     const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
-        message.text->insert(top.end, added);   // upstream has had it
+        message.text->insert(top.end, added);
         enqueue(mailfrom, listrcpts, std::move(*message.text), kwargs, finish);
     };
     if (rest.empty())
@@ -1497,6 +1506,7 @@ std::unique_ptr<SMTPServer> make_server(const address& localaddr, const address&
 
 }   // namespace
 
+// A static inside a function, since a program's server_class objects are static too and may be made first.
 std::map<std::string, server_factory>& server_class::all() {
     static std::map<std::string, server_factory> classes{{"SMTPServer", make_server<SMTPServer>},
                                                          {"DebuggingServer", make_server<DebuggingServer>},
@@ -1554,6 +1564,7 @@ SMTPChannel* message_options::channel() const {
     return owed ? owed->channel : nullptr;
 }
 
+// The token of the reply that handle_message() holds. When none holds that any more, the token is for no client.
 deferred_reply message_options::defer() const {
     auto owed = owed_.lock();
     if (owed) owed->deferred = true;
@@ -1831,6 +1842,8 @@ void SMTP::data(letter msg, handler then) {
     due_ = after(wait_.data_initiation);
 }
 
+// 354 has come. The producer gives the message a piece at a time, as the socket takes it. A server by SMTP sends one
+// reply to it, by LMTP one for each recipient that it has accepted.
 void SMTP::send_message() {
     stage = "message";
     next_ = awaited::end;
@@ -2175,7 +2188,8 @@ std::string list_repr(const std::vector<std::string>& list) {
 }
 
 // Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
-// together is always in one piece, because it might have begun the terminator.
+// together is always in one piece, because it might have begun the terminator. A CR by itself is kept. The result is no
+// longer than the piece, so it is written straight to its place.
 void append_unstuffed(std::string& out, std::string_view in) {
     const std::size_t before = out.size();
     out.resize(before + in.size());
@@ -2231,6 +2245,8 @@ class address_parser {
 
     explicit address_parser(std::string_view input) : text(input) {}
 
+    // A local part and, behind an @, a domain; an address without one is taken, as in Python. The local part is written
+    // anew: in quotes if it has a character that takes them, whether the client wrote it so or not.
     bool get_addr_spec() {
         if (!get_local_part()) return false;
         if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
@@ -2252,6 +2268,7 @@ class address_parser {
         return true;
     }
 
+    // <address>, where the > may be missing, as in Python. What is no address may be a route in front of one.
     bool get_angle_addr() {
         get_cfws();
         if (!skip('<')) return false;
@@ -2305,6 +2322,7 @@ class address_parser {
 
     void get_fws() { text = lstrip(text); }
 
+    // Python's atoms have no list of what they may have, but one of what ends them: any other byte will do.
     bool get_atext() {
         const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
         take(size);
@@ -2364,6 +2382,7 @@ class address_parser {
         return true;
     }
 
+    // An atom or a quoted string, with comments and white space around it.
     bool get_word() {
         get_cfws();
         if (!next_is('"')) return get_atom();
@@ -2404,6 +2423,7 @@ class address_parser {
         }
     }
 
+    // [ and ], with any text between them but another bracket. get_addr_spec() looks at it more closely.
     bool get_domain_literal() {
         take();   // the bracket
         if (next_in(WSP)) get_fws();

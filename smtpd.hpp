@@ -542,8 +542,8 @@ SMTP::refused sendmail(const asyncore::address& server, const std::string& from_
 
 // Passes each message on to `remoteaddr`, and each reply back: to MAIL and RCPT as they come (250 OK for a yes,
 // the server's own words for a no), and to the message. A server that is lost or makes no sense is 451 for the client,
-// and the transaction is over. Each client that can connect can send anywhere: mind where it listens. smtpd.py:
-// PureProxy
+// and the transaction is over. Each client that can connect can send anywhere: mind where it listens.
+// smtpd.py: PureProxy
 class PureProxy : public SMTPServer {
   public:
     using SMTPServer::SMTPServer;
