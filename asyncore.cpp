@@ -181,7 +181,7 @@ struct map_type::receive_buffer {
 struct map_type::pass : visit {
     std::vector<pollfd> wanted;                             // in the order of descriptors
     std::uint64_t newest = 0;                               // the last registration that was asked
-    clock::time_point nearest = clock::time_point::max();   // deadline
+    clock::time_point nearest = clock::time_point::max();   // the first deadline
     clock::time_point woken{};                              // when the wait ended
 
     // The list is lent as the receive buffer is. Once it has grown, a pass allocates nothing.
@@ -309,7 +309,7 @@ struct map_type::pass : visit {
         }
     }
 
-    // wanted is in the order of descriptors.
+    // The last one is the highest, as the list is in the order of descriptors.
     int highest() const { return wanted.empty() ? -1 : wanted.back().fd; }
 
     // Timeouts are judged by the time at which the wait ended, so that a slow handler does not make other objects time
@@ -411,7 +411,7 @@ std::unique_ptr<socket_type> dispatcher::make_socket(int family, int type) {
     return std::make_unique<socket_type>(family, type);
 }
 
-// Whatever is done with the socket asks here. Where Python finds no attribute in None, C++ would crash.
+// All that is done with the socket goes by here. Python finds no attribute in None; a null pointer would be a crash.
 socket_type& dispatcher::the_socket() const {
     if (!socket) throw std::logic_error("the dispatcher has no socket");
     return *socket;
@@ -704,7 +704,8 @@ void trigger::wake() noexcept {
     if (write_end_.fileno() >= 0) (void)!::write(write_end_.fileno(), "", 1);
 }
 
-// A pull_trigger() of another thread comes before this, and is dropped, or after it, and finds the end closed.
+// A pull_trigger() of another thread comes before this, and its thunk is dropped, or after it, and finds the end
+// closed.
 void trigger::close() {
     {
         const std::lock_guard<std::mutex> guard(lock_);
@@ -766,8 +767,7 @@ void async_chat::collect_incoming_data(std::string_view) {
 
 void async_chat::_collect_incoming_data(std::string_view data) { incoming += data; }
 
-// Python's two helpers for a subclass that only gathers: this one hands out what the other has gathered, and forgets
-// it.
+// For a subclass that only gathers: hands out what _collect_incoming_data() has gathered, and forgets it.
 std::string async_chat::_get_data() { return std::exchange(incoming, {}); }
 
 void async_chat::found_terminator() { throw asyncore::NotImplementedError("must be implemented in subclass"); }
@@ -947,7 +947,7 @@ asyncore::clock::time_point async_chat::deadline() {
     return readable() && socket && socket->pending() ? asyncore::at_once : asyncore::never;
 }
 
-// What is due here and is none of these is a subclass's own, and leads to dispatcher's, which closes.
+// A deadline that is none of these is a subclass's own: dispatcher's handle_timeout() closes.
 void async_chat::handle_timeout() {
     if (must_go_on()) return consume();
     if (!paused_) return socket && socket->pending() ? handle_read_event() : dispatcher::handle_timeout();
