@@ -464,6 +464,7 @@ void dispatcher::del_channel(map_type* map) {
     _fileno = -1;
 }
 
+// By way of make_socket(), so that a subclass can have a socket of its own class.
 void dispatcher::create_socket(int family, int type) {
     family_and_type = {family, type};
     set_socket(make_socket(family, type));
@@ -473,7 +474,7 @@ std::unique_ptr<socket_type> dispatcher::make_socket(int family, int type) {
     return std::make_unique<socket_type>(family, type);
 }
 
-// Whatever is done with the socket asks here. Where Python finds no attribute in None, C++ would crash.
+// All that is done with the socket goes by here. Python finds no attribute in None; a null pointer would be a crash.
 socket_type& dispatcher::the_socket() const {
     if (!socket) throw std::logic_error("the dispatcher has no socket");
     return *socket;
@@ -497,6 +498,7 @@ void dispatcher::set_reuse_addr() {
     }
 }
 
+// `accepting` is what makes it a listener for the handlers below: a read event is then a client.
 void dispatcher::listen(int num) {
     accepting = true;
     the_socket().listen(num);
@@ -765,12 +767,14 @@ void trigger::wake() noexcept {
     if (write_end_.fileno() >= 0) (void)!::write(write_end_.fileno(), "", 1);
 }
 
-// A pull_trigger() of another thread comes before this, and is dropped, or after it, and finds the end closed.
+// A pull_trigger() of another thread comes before this, and its thunk is dropped, or after it, and finds the end
+// closed.
 void trigger::close() {
+    std::deque<std::function<void()>> dropped;   // destroyed without the lock: what they hold may pull the trigger
     {
         const std::lock_guard<std::mutex> guard(lock_);
         write_end_.close();
-        thunks_.clear();
+        dropped.swap(thunks_);
     }
     file_dispatcher::close();
 }
@@ -827,12 +831,14 @@ void async_chat::collect_incoming_data(std::string_view) {
 
 void async_chat::_collect_incoming_data(std::string_view data) { incoming += data; }
 
+// For a subclass that only gathers: hands out what _collect_incoming_data() has gathered, and forgets it.
 std::string async_chat::_get_data() { return std::exchange(incoming, {}); }
 
 void async_chat::found_terminator() { throw asyncore::NotImplementedError("must be implemented in subclass"); }
 
 void async_chat::set_terminator(std::string_view term) { terminator_.emplace<std::string>(term); }
 
+// Signed, so that a negative number is an error, as in Python, and no huge one.
 void async_chat::set_terminator(std::ptrdiff_t count) {
     if (count < 0) throw std::invalid_argument("the number of received bytes must be positive");
     terminator_ = static_cast<std::size_t>(count);
@@ -1005,7 +1011,7 @@ asyncore::clock::time_point async_chat::deadline() {
     return readable() && socket && socket->pending() ? asyncore::at_once : asyncore::never;
 }
 
-// What is due here and is none of these is a subclass's own, and leads to dispatcher's, which closes.
+// A deadline that is none of these is a subclass's own: dispatcher's handle_timeout() closes.
 void async_chat::handle_timeout() {
     if (must_go_on()) return consume();
     if (!paused_) return socket && socket->pending() ? handle_read_event() : dispatcher::handle_timeout();
@@ -1014,6 +1020,7 @@ void async_chat::handle_timeout() {
     look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
 }
 
+// The first look comes a second later, since most replies come sooner than that.
 void async_chat::pause() {
     paused_ = true;
     look_again_at_ = asyncore::clock::now() + std::chrono::seconds(1);
@@ -1045,6 +1052,7 @@ void async_chat::queue(std::string_view data) {
     }
 }
 
+// Shared: refill() holds on to the producer while it is asked, though the queue may be discarded in the meantime.
 void async_chat::push_with_producer(std::shared_ptr<producer> source) {
     producer_fifo.emplace_back(std::move(source));
     initiate_send();
@@ -1158,6 +1166,7 @@ void async_chat::discard_buffers() {
 simple_producer::simple_producer(std::string data, std::size_t buffer_size)
     : data_(std::move(data)), buffer_size_(buffer_size) {}
 
+// A piece is copied out and the text stays as it is: cutting its front off would move the rest each time.
 std::string simple_producer::more() {
     std::string result = data_.substr(sent_, buffer_size_);
     sent_ += result.size();

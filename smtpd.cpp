@@ -98,6 +98,18 @@ struct deferred_reply::owed {
 // SMTPChannel
 // ---------------------------------------------------------------------------------------------------------
 
+// The states of a channel.
+//
+//   smtp_state        COMMAND: a line ends at CR LF. DATA: a message ends at CR LF . CR LF. Others: a subclass's own.
+//   paused()          a reply is owed. Nothing is read and nothing is executed; what has been received waits in order.
+//   input_over()      the last reply has been pushed. The channel closes when that has been sent.
+//   smtp_server null  the server has gone, and the channel is closed.
+//
+// A command: collect_incoming_data() gathers the line, found_terminator() finds its verb's method, and that pushes one
+// reply. A message: DATA changes state and terminator, the bytes are unstuffed as they come, and at the end the
+// server's process_message() returns the reply. Bytes past a limit are dropped: the reply says so when the line or the
+// message has ended, and the client stays in step.
+
 std::size_t SMTPChannel::max_command_size_limit() const {
     // Python leaves command_size_limit out, and the limit of one verb becomes every command's.
     std::size_t largest = command_size_limit;
@@ -161,18 +173,6 @@ void SMTPChannel::_set_rset_state() {
     received_data.clear();
     received_lines.clear();
 }
-
-// The states of a channel.
-//
-//   smtp_state        COMMAND: a line ends at CR LF. DATA: a message ends at CR LF . CR LF. Others: a subclass's own.
-//   paused()          a reply is owed. Nothing is read and nothing is executed; what has been received waits in order.
-//   input_over()      the last reply has been pushed. The channel closes when that has been sent.
-//   smtp_server null  the server has gone, and the channel is closed.
-//
-// A command: collect_incoming_data() gathers the line, found_terminator() finds its verb's method, and that pushes one
-// reply. A message: DATA changes state and terminator, the bytes are unstuffed as they come, and at the end the
-// server's process_message() returns the reply. Bytes past a limit are dropped: the reply says so when the line or the
-// message has ended, and the client stays in step.
 
 // In an event of the loop the line only joins the queue, and gather() sends all of it at the end.
 void SMTPChannel::push(std::string_view msg) {
@@ -255,9 +255,8 @@ void SMTPChannel::collect_incoming_data(std::string_view data) {
 }
 
 // Appending alone would copy a large message again and again. So this reserves the declared size or that of the last
-// message, the larger one, and past 4 MiB the usual limit. Unused pages are never
-// touched, so they cost no memory. When the system refuses that much, less is asked for: the message may fit all the
-// same.
+// message, the larger one, and past 4 MiB the usual limit. Unused pages are never touched, so they cost no memory. When
+// the system refuses that much, less is asked for: the message may fit all the same.
 void SMTPChannel::make_room(std::size_t more) {
     constexpr std::size_t large = 1 << 22;
     const std::size_t needed = received_lines.size() + more, before = received_lines.capacity();
@@ -387,26 +386,26 @@ void SMTPChannel::handle_command(std::string_view line, std::size_t size) {
 
 // Gives the message to the server's process_message(), and the client the reply. The hook may return it, throw, defer
 // it, or run the loop itself: the channel is paused meanwhile, so nothing of this client is read or executed.
-void SMTPChannel::handle_message(std::string&& line, std::size_t size) {
+void SMTPChannel::handle_message(std::string&& message, std::size_t size) {
     if (data_size_limit && size > data_size_limit) {
         // Python stays in DATA, and takes what follows for another message to the same recipients.
         _set_post_data_state();
         return push("552 Error: Too much mail data");
     }
     smtp_server->message_size_ = size;
-    if (_decode_data && std::exchange(utf8_size_, 0) != line.size()) {
+    if (_decode_data && std::exchange(utf8_size_, 0) != message.size()) {
         _set_post_data_state();
         return push("554 Error: message is not valid UTF-8");
     }
-    if (line.capacity() / 4 > line.size()) line.shrink_to_fit();   // the message may be kept for long
-    received_data = std::move(line);
+    if (message.capacity() / 4 > message.size()) message.shrink_to_fit();   // the message may be kept for long
+    received_data = std::move(message);
     auto reply = std::make_shared<deferred_reply::owed>(this);
     message_options kwargs;
     if (!_decode_data) {
         kwargs.mail_options = mail_options;
         kwargs.rcpt_options = rcpt_options;
     }
-    kwargs.owed_ = asked_ = reply;   // kwargs holds it weakly: a copy that is kept has no token once the hook is over
+    kwargs.owed_ = asked_ = reply;   // weakly: a copy of kwargs keeps no client waiting
     std::optional<std::string> status;
     std::exception_ptr leaving;
     pause();   // a pass inside process_message() shall not read on
@@ -435,7 +434,7 @@ deferred_reply SMTPChannel::defer() {
     return deferred_reply(reply);
 }
 
-// Of a message as of a command: what was asked for it was not done.
+// Of a command too, in the words of a message: what the client has asked for was not done.
 void SMTPChannel::answer_lost() { answer(not_processed); }
 
 void SMTPChannel::resume() {
@@ -650,7 +649,8 @@ void SMTPChannel::smtp_VRFY(argument arg) {
 }
 
 // Python's order of checks, which a client can see: syntax before "nested MAIL", parameters in the order BODY,
-// SMTPUTF8, SIZE, unknown ones. Nothing is noted until all of them are passed.
+// SMTPUTF8, SIZE, unknown ones. Nothing is noted until all of them are passed. When refuse_MAIL() has deferred, the
+// sender is noted and answer() has the last word.
 void SMTPChannel::smtp_MAIL(argument arg) {
     if (seen_greeting.empty()) return push("503 Error: send HELO first");
     if (debugging()) DEBUGSTREAM << "===> MAIL " << (arg ? asyncore::repr(*arg) : "None") << std::endl;
@@ -811,6 +811,8 @@ std::unique_ptr<SMTPChannel> SMTPServer::channel_class(std::unique_ptr<asyncore:
     return std::make_unique<SMTPChannel>(*this, std::move(sock), from);
 }
 
+// A channel that says goodbye may close, and its close() may close others: so the set is searched again after each,
+// from where it was.
 void SMTPServer::stop(std::chrono::milliseconds grace) {
     const auto bound = asyncore::clock::now() + std::min<std::chrono::milliseconds>(grace, for_ever);
     succeeds([this] { close(); });   // it listens no more, whatever close() says
@@ -826,9 +828,9 @@ asyncore::clock::time_point SMTPServer::deadline() {
     return accepting_paused_ ? accept_again_at_ : asyncore::clock::time_point::max();
 }
 
-// Python takes one client a pass, and closes the listener when anything in here fails. A hundred at most, so that those
-// who are connected have their turn. The errors that are thrown on mean that this is no listener any more; others
-// concern one client, or pass.
+// Python takes one client a pass, and closes the listener when anything in here fails. A hundred at most, so that
+// clients that are connected have their turn. The errors that are thrown on mean that this is no listener any more;
+// others concern one client, or are over soon.
 void SMTPServer::handle_accept() {
     // What is called may destroy this server: the map knows.
     const asyncore::map_type& map = *_map;
@@ -957,8 +959,8 @@ std::string peer_host(const address& peer) { return peer.family == AF_UNIX ? "un
 }   // namespace
 
 // Line by line, with X-Peer before the first empty one. Lines end where Python's splitlines() ends them, which is at
-// more places for text than for bytes. The text goes through a buffer, as a stream is slow for single characters; what
-// is put into it at a time takes four bytes at most.
+// more places for text than for bytes. The text goes through a buffer, as a stream is slow for single characters. Its
+// last four bytes are room for one character.
 void DebuggingServer::_print_message_content(const address& peer, std::string_view data, std::ostream& out) const {
     std::string text(16384, '\0');
     bool inheaders = true;
@@ -1045,7 +1047,7 @@ ProxyChannel::ProxyChannel(PureProxy& server, std::unique_ptr<asyncore::socket_t
     no_delay(*conn);   // replies come one by one: none shall wait for another
 }
 
-// The handlers of its sessions know the channel. An abandoned session calls none, so they may.
+// Without their client the sessions have no use.
 void ProxyChannel::close() {
     SMTPChannel::close();
     for (auto& it : transactions_) it.abandon();
@@ -1228,6 +1230,7 @@ struct header {
     int hops = 0;          // X-Peer lines: proxies that it came through
     bool from = false, date = false;
 
+    // A name counts in any case, up to its colon. The loop ends at an empty line, or with the message.
     explicit header(std::string_view message) {
         while (const std::size_t length = line_length(message.substr(end))) {
             const std::string_view line = message.substr(end, length);
@@ -1312,7 +1315,9 @@ const address& PureProxy::address_of(side to) const { return to == side::lists ?
 std::optional<std::string> PureProxy::process_message(const address& peer, const std::string& mailfrom,
                                                       const std::vector<std::string>& rcpttos, std::string&& data,
                                                       const message_options& kwargs) {
-    const header top(data += '\n');   // the last line's end, which was half of the end of data
+    // A message that has come through fifty proxies goes round in a circle. The last line gets its end back here: that
+    // was half of the end of data.
+    const header top(data += '\n');
     if (top.hops > most_hops) return too_many_hops;
     data.insert(top.end, "X-Peer: " + peer_host(peer) + "\n");
     relay(side::upstream, mailfrom, rcpttos, std::move(data), kwargs,
@@ -1321,7 +1326,7 @@ std::optional<std::string> PureProxy::process_message(const address& peer, const
 }
 
 // On the transaction that is open, if the other side has accepted just this envelope in it. A subclass that has changed
-// the sender or the recipients gets a connection of its own, and so does what it sends when no client waits.
+// the sender or the recipients gets a connection of its own, and so does a message whose client has gone.
 void PureProxy::relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                       const message_options& kwargs, SMTP::handler then) {
     SMTPChannel* client = kwargs.channel();
@@ -1409,7 +1414,7 @@ std::string date_now() {
 
 }   // namespace
 
-// A stranger's text becomes part of a path: with a slash or a dot in front it could leave the folder, and a NUL would
+// A stranger's text becomes part of a path: a slash, or a dot in front, could lead out of the folder, and a NUL would
 // cut it short.
 bool MailmanProxy::list_exists(const std::string& listname, const std::string& domain) const {
     if (listname.empty() || listname[0] == '.' || domain.empty() || domain[0] == '.') return false;
@@ -1430,6 +1435,7 @@ void MailmanProxy::check_settings() const {
     list_exists("lists", "invalid");   // throws when the folder can't be looked into
 }
 
+// Mailman's lists are in lower case, and so are their folders.
 PureProxy::side MailmanProxy::route(const std::string& recipient) const {
     const list_address parts(lower(recipient));
     return list_exists(parts.listname, parts.domain) ? side::lists : side::upstream;
@@ -1442,6 +1448,7 @@ std::string MailmanProxy::address_for(side to, const std::string& recipient) con
     return parts.listname + "-owner" + parts.tag + "@" + parts.domain;
 }
 
+// Public and virtual: a subclass may hand the message to Mailman in another way.
 void MailmanProxy::enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                            const message_options& kwargs, SMTP::handler then) {
     if (recipients.empty()) return then({554, "Error: no recipients"});
@@ -1460,7 +1467,9 @@ void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::st
     });
 }
 
-// The message is one string throughout: upstream's first, then that of the lists.
+// The message is one string throughout: upstream's first, then that of the lists. So there is one copy of it in memory,
+// and the lines that Mailman needs are put in when upstream has had it. `then` takes upstream's reply; when there is no
+// recipient for upstream, it is called as if upstream had said yes.
 std::optional<std::string> MailmanProxy::process_message(const address&, const std::string& mailfrom,
                                                          const std::vector<std::string>& rcpttos, std::string&& data,
                                                          const message_options& kwargs) {
@@ -1474,7 +1483,7 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
     const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
-        message.text->insert(top.end, added);   // upstream has had it
+        message.text->insert(top.end, added);
         enqueue(mailfrom, listrcpts, std::move(*message.text), kwargs, finish);
     };
     if (rest.empty())
@@ -1497,6 +1506,7 @@ std::unique_ptr<SMTPServer> make_server(const address& localaddr, const address&
 
 }   // namespace
 
+// A static inside a function, since a program's server_class objects are static too and may be made first.
 std::map<std::string, server_factory>& server_class::all() {
     static std::map<std::string, server_factory> classes{{"SMTPServer", make_server<SMTPServer>},
                                                          {"DebuggingServer", make_server<DebuggingServer>},
@@ -1554,6 +1564,7 @@ SMTPChannel* message_options::channel() const {
     return owed ? owed->channel : nullptr;
 }
 
+// The token of the reply that handle_message() holds. When none holds that any more, the token is for no client.
 deferred_reply message_options::defer() const {
     auto owed = owed_.lock();
     if (owed) owed->deferred = true;
@@ -1568,8 +1579,8 @@ namespace {
 
 bool is_line_end(char c) { return c == '\r' || c == '\n'; }
 
-// Bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of bare
-// CR has a line in each byte. A call costs more than a few bytes do, so the first ones are looked at one by one.
+// The bytes before the first CR or LF. No search goes much further than what it finds, whatever the text is: a body of
+// bare CR has a line in each byte. A call costs more than a few bytes do, so the first ones are looked at one by one.
 std::size_t line_length(std::string_view text) {
     std::size_t length = 0;
     while (length < 4 && length < text.size() && !is_line_end(text[length])) ++length;
@@ -1594,7 +1605,9 @@ std::size_t letter::size() const {
 
 namespace {
 
-// A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF.
+// A message as it is sent after 354, its last dot included, in pieces of 64 KiB. Every line end becomes CR LF. So a
+// byte may become two, and the end takes five: that much room is asked for. The producer shares the text that left_ is
+// a view of.
 class message_producer : public asynchat::producer {
   public:
     explicit message_producer(letter message) : message_(std::move(message)), left_(*message_.text) {}
@@ -1640,7 +1653,7 @@ void no_delay(asyncore::socket_type& socket) {
     succeeds([&] { socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1); });   // it may be no TCP socket
 }
 
-// Nothing may end a command early.
+// A line end inside a command would begin another one: an address must not smuggle in a command.
 void check_command(const std::string& cmd) {
     if (cmd.find_first_of(std::string_view("\r\n\0", 3)) != cmd.npos)
         throw std::invalid_argument("command and arguments contain prohibited newline characters");
@@ -1663,7 +1676,8 @@ bool pick_options(const SMTP& session, const std::vector<std::string>& mail_opti
 
 std::string in_brackets(const std::string& addr) { return addr == "<>" ? addr : "<" + addr + ">"; }
 
-// Of several answers to one message, the one that decides: what is temporary comes first, so that nothing is lost.
+// Of several replies to one message the one with the highest value decides. A temporary no does, so that the message is
+// sent again and no recipient is lost; some may get it twice.
 int severity(const reply& answer) {
     if (answer.code == 250) return 0;
     return answer.code >= 500 ? 1 : 2;
@@ -1671,6 +1685,8 @@ int severity(const reply& answer) {
 
 }   // namespace
 
+// The digits stand in front of each line: with a dash, but in front of the last. A code below 0 is no reply, and the
+// text is for people.
 std::string reply::line() const {
     if (code < 0) return text;
     const std::string digits = std::to_string(code);
@@ -1684,11 +1700,14 @@ std::string reply::line() const {
     }
 }
 
+// A line ends at LF: found_terminator() takes a CR away, and a server that forgets it is understood.
 SMTP::SMTP(asyncore::map_type* map, const timeouts& wait) : async_chat(nullptr, map), wait_(wait) {
     set_terminator("\n");
     why_.reserve(200);   // so that an error can be kept when it is one of memory
 }
 
+// The handler is dropped unheard: what it refers to may have gone first. on_close is called, so that those who hold a
+// pointer can drop it.
 SMTP::~SMTP() {
     const handler dropped = std::exchange(then_, nullptr);
     succeeds([this] { say_closed(); });
@@ -1696,7 +1715,7 @@ SMTP::~SMTP() {
 
 void SMTP::connect(const address& server, handler then) {
     expect(std::move(then), wait_.connect);
-    // Nothing is left of a connection before.
+    // A session may connect again: nothing is left of a connection before.
     discard_buffers();
     line_.clear();
     answer_ = {};
@@ -1710,11 +1729,12 @@ void SMTP::connect(const address& server, handler then) {
     } catch (const std::system_error& error) {
         return fail(error.what());
     }
-    std::reverse(candidates_.begin(), candidates_.end());
+    std::reverse(candidates_.begin(), candidates_.end());   // they are taken from the back
     attempt();
 }
 
-// Tries the next address.
+// Tries the next address. A connection that is under way comes back here when it fails: by handle_error(),
+// handle_close() or handle_timeout(). The reason that is told in the end is the last one's.
 void SMTP::attempt() {
     while (!candidates_.empty()) {
         const address next = std::move(candidates_.back());
@@ -1731,11 +1751,11 @@ void SMTP::attempt() {
 }
 
 void SMTP::handle_connect() {
-    // A port of this host that nobody listens at may have been given to this very connection.
+    // A port of this host without a listener may have been given to this very connection, which then talks to itself.
     const address own = socket->getsockname();
     if (own.family != AF_UNIX && own.repr() == socket->getpeername().repr())
         throw std::system_error(ECONNREFUSED, std::generic_category(), "connect");
-    no_delay(*socket);   // the last piece of a message shall not wait for an answer
+    no_delay(*socket);   // the last piece of a message shall not wait until the one before is acknowledged
     candidates_.clear();
     due_ = after(wait_.greeting);
     next_ = awaited::greeting;
@@ -1747,6 +1767,7 @@ void SMTP::open(const address& server, handler then) {
     });
 }
 
+// One handler at a time, since replies carry no number: the next one belongs to the command that was sent last.
 void SMTP::expect(handler then, std::chrono::milliseconds wait) {
     if (then_) throw std::logic_error("one command at a time");
     then_ = checked(std::move(then));
@@ -1763,6 +1784,8 @@ void SMTP::docmd(const std::string& cmd, handler then) {
     async_chat::push(cmd + "\r\n");
 }
 
+// The first line of the reply greets, and each other one is an extension: a name, and its parameters behind a space or,
+// in old servers, `=`.
 void SMTP::ehlo(handler then) {
     docmd(ehlo_msg() + " " + own_name(), [this, then = checked(std::move(then))](const reply& answer) {
         does_esmtp = answer.code == 250;
@@ -1779,6 +1802,7 @@ void SMTP::ehlo(handler then) {
     });
 }
 
+// LMTP has no HELO to fall back on.
 void SMTP::ehlo_or_helo_if_needed(handler then) {
     ehlo([this, then = checked(std::move(then))](const reply& answer) {
         if (answer.code == 250 || !connected || ehlo_msg() != "EHLO") return then(answer);
@@ -1794,6 +1818,7 @@ std::string SMTP::own_name() const {
     return (own.family == AF_INET6 ? "[IPv6:" : "[") + own.host + "]";
 }
 
+// A new transaction: data_replies() counts its recipients from none.
 void SMTP::mail(const std::string& sender, const std::vector<std::string>& with, handler then) {
     std::string cmd = "MAIL FROM:" + in_brackets(sender);
     for (const auto& option : with) cmd += " " + option;
@@ -1808,6 +1833,7 @@ void SMTP::rcpt(const std::string& recipient, handler then) {
     });
 }
 
+// DATA is a command like another until it is sent; then 354 is awaited, and has its own time.
 void SMTP::data(letter msg, handler then) {
     docmd("DATA", std::move(then));
     if (!connected) return;
@@ -1816,6 +1842,8 @@ void SMTP::data(letter msg, handler then) {
     due_ = after(wait_.data_initiation);
 }
 
+// 354 has come. The producer gives the message a piece at a time, as the socket takes it. A server by SMTP sends one
+// reply to it, by LMTP one for each recipient that it has accepted.
 void SMTP::send_message() {
     stage = "message";
     next_ = awaited::end;
@@ -1824,19 +1852,21 @@ void SMTP::send_message() {
     message_goes_on();
 }
 
-// The server's patience is ours: each piece of the message has its time, and the answer to it.
+// The clock is set anew with each piece that goes, and once more for the reply when all have gone.
 void SMTP::message_goes_on() {
     if (next_ == awaited::end) due_ = after(producer_fifo.empty() ? wait_.data_termination : wait_.data_block);
 }
 
+// QUIT in the middle of a message would be text of it. So the connection is closed there, and a message without its
+// last dot is none. A command that is under way gets its reply first: report() comes back here.
 void SMTP::quit() {
-    // A message without its last dot is none.
     if (!connected || stopped() || next_ == awaited::go_ahead || !producer_fifo.empty()) return close();
     quitting_ = true;
     due_ = std::min(due_, after(wait_.quit));   // first: if QUIT can't even be said, the session still ends
     if (!then_) async_chat::push("QUIT\r\n");
 }
 
+// The reply under way is still awaited, or the next one would be taken for it: its handler does nothing.
 void SMTP::forget() {
     on_close = nullptr;
     if (then_) then_ = [](const reply&) {};
@@ -1847,7 +1877,7 @@ void SMTP::abandon() noexcept {
     succeeds([this] { quit(); });   // if it can't be said, the session ends when it is due
 }
 
-// What sendmail() keeps between one command and the next.
+// What sendmail() keeps between one command and the next. The handlers share it, so it goes with the last of them.
 struct SMTP::mailing {
     std::vector<std::string> to_addrs;
     letter message;
@@ -1872,7 +1902,8 @@ void SMTP::sendmail(const std::string& from_addr, const std::vector<std::string>
     });
 }
 
-// The next recipient; or the message, when there is none left.
+// The next recipient; or the message, when there is none left and one at least was accepted. Each reply calls this
+// again from the loop: a thousand recipients take no deep stack.
 void SMTP::send_recipients(const std::shared_ptr<mailing>& it) {
     const auto done = [it](const reply& answer) { it->then(answer, it->refused_so_far); };
     const bool all_said = it->next == it->to_addrs.size();
@@ -1892,6 +1923,8 @@ void SMTP::collect_incoming_data(std::string_view data) {
     line_ += data;
 }
 
+// One line of a reply. It belongs to the lines before if those had a dash behind the code; then the code must be the
+// same. Control characters become spaces: the text is passed on to clients, and printed.
 void SMTP::found_terminator() {
     std::string line = std::exchange(line_, {});
     line.erase(line.find_last_not_of("\r \t") + 1);
@@ -1919,7 +1952,8 @@ void SMTP::found_terminator() {
 // 4yz and 5yz are a no in each of them, and go to the handler as they are. Any other code makes no sense, and so does a
 // yes to what has not been sent whole: the session fails. The session closes behind 421, behind a no that came before
 // the message was sent whole, and when there is more input than replies that are awaited. LMTP's `end` takes a reply
-// for each recipient, and the worst of them goes to the handler.
+// for each recipient, and the worst of them goes to the handler. It is called when all is in order, because it may
+// send the next command, or end the session.
 void SMTP::report(reply answer) {
     if (!then_) return quitting_ ? close() : fail("an answer came without a command");
     const bool unfinished = cut_off_ || !producer_fifo.empty();   // the command, or the message, has not been sent
@@ -1932,7 +1966,7 @@ void SMTP::report(reply answer) {
     if (severity(answer) >= severity(worst_) || worst_.code < 0) worst_ = answer;
     const bool over = answer.code == 421 || unfinished;
     if (--replies_left_ > 0 && !over) return;
-    // More answers than commands: the one to a message counts, it is the server's to keep now.
+    // More replies than commands. The one to a message counts all the same: the server has taken it.
     if (surplus && next_ != awaited::end && !over) return fail("there are more answers than commands");
     next_ = awaited::answer;
     message_ = nullptr;
@@ -1950,13 +1984,16 @@ void SMTP::fail(const std::string& why) {
     close();
 }
 
+// A descriptor that can't be closed has gone too, and the handler that waits has to know. say_closed() is last: what it
+// calls finds the session closed.
 void SMTP::close() {
-    succeeds([this] { async_chat::close(); });   // the descriptor is gone, and who waits has to know
+    succeeds([this] { async_chat::close(); });
     producer_fifo.clear();
     say_closed();
 }
 
-// Each of the two is called, whatever the other one throws.
+// on_close, then the handler: each is called, though the other one throws. They are taken out first, so that neither is
+// called twice.
 void SMTP::say_closed() {
     const auto closed = std::exchange(on_close, nullptr);
     const auto then = std::exchange(then_, nullptr);
@@ -1977,10 +2014,11 @@ void SMTP::handle_write() {
     message_goes_on();
 }
 
+// The end of input has three meanings: this address refuses, the server has broken off the message, or it has gone.
 void SMTP::handle_close() {
     if (connecting) return attempt();
     if (next_ == awaited::end && !producer_fifo.empty() && !std::exchange(cut_off_, true)) {
-        // The server takes no more of the message: it may have said why.
+        // It takes no more of the message, and may have said why: that is read before the session fails.
         producer_fifo.clear();
         handle_read();
         if (!connected) return;
@@ -1988,6 +2026,8 @@ void SMTP::handle_close() {
     fail("the connection was closed");
 }
 
+// An error of the system is the other side's, and the handler is told of it. Anything else is a mistake of this
+// program, which is logged too.
 void SMTP::handle_error() {
     try {
         throw;
@@ -2000,6 +2040,7 @@ void SMTP::handle_error() {
     close();
 }
 
+// The reply that is awaited, and the bound of the proxy that the session works for.
 asyncore::clock::time_point SMTP::deadline() {
     return std::min({async_chat::deadline(), due_, stop_by_ ? *stop_by_ : asyncore::clock::time_point::max()});
 }
@@ -2011,6 +2052,7 @@ void SMTP::handle_timeout() {
     connecting ? attempt() : close();
 }
 
+// A map of its own: the caller's objects are left alone, and the loop is over when the session is.
 SMTP::refused sendmail(const address& server, const std::string& from_addr, const std::vector<std::string>& to_addrs,
                        std::string msg, const timeouts& wait, const sendmail_options& with) {
     check_command(from_addr);
@@ -2059,7 +2101,8 @@ std::string upper(std::string_view text) {
     return result;
 }
 
-// The length of the UTF-8 character that the text begins with; 0 when it is not one.
+// The length of the UTF-8 character that the text begins with; 0 when it is not one. Not allowed are what a shorter
+// form can say (C0, C1, E0 80, F0 80), surrogates (ED A0), and what is beyond U+10FFFF (F4 90).
 std::size_t utf8_length(std::string_view text) {
     const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
     const auto follows = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
@@ -2086,7 +2129,7 @@ bool is_utf8(std::string_view text) { return utf8_prefix(text) == text.size(); }
 std::size_t space_length(std::string_view text) {
     const std::size_t length = utf8_length(text);
     if (length == 0) return 0;
-    unsigned c = static_cast<unsigned char>(text[0]);
+    unsigned c = static_cast<unsigned char>(text[0]);   // the character; its first byte loses its marks
     if (length > 1) c &= 0x7fu >> length;
     for (const char byte : text.substr(1, length - 1)) c = c << 6 | (static_cast<unsigned char>(byte) & 0x3f);
     const bool space = c == ' ' || (c >= '\t' && c <= '\r') || (c >= 0x1c && c <= 0x1f) || c == 0x85 || c == 0xa0 ||
@@ -2100,7 +2143,8 @@ std::string_view lstrip(std::string_view text) {
     return text;
 }
 
-// Without white space at both ends. Python: str.strip()
+// Without white space at both ends. From the end back, a character is as long as the bytes that continue one. Python:
+// str.strip()
 std::string_view strip(std::string_view text) {
     text = lstrip(text);
     while (!text.empty()) {
@@ -2112,6 +2156,7 @@ std::string_view strip(std::string_view text) {
     return text;
 }
 
+// Python: "".join(text.split())
 std::string without_space(std::string_view text) {
     std::string result;
     while (!text.empty()) {
@@ -2143,7 +2188,8 @@ std::string list_repr(const std::vector<std::string>& list) {
 }
 
 // Appends a piece of a message: CR LF becomes LF, and a dot that follows it goes (RFC 5321, 4.5.2). What belongs
-// together is always in one piece, because it might have begun the terminator.
+// together is always in one piece, because it might have begun the terminator. A CR by itself is kept. The result is no
+// longer than the piece, so it is written straight to its place.
 void append_unstuffed(std::string& out, std::string_view in) {
     const std::size_t before = out.size();
     out.resize(before + in.size());
@@ -2166,7 +2212,8 @@ void append_unstuffed(std::string& out, std::string_view in) {
 }
 
 // Whether a text that comes from a hook is one reply (RFC 5321, 4.2): three digits, then a space or the end, or a dash
-// and another line with the same digits.
+// and another line with the same digits. Nothing else may go out as a hook's reply: a client that gets one line too
+// many takes it for the reply to its next command.
 bool is_reply(std::string_view text) {
     const std::string_view code = text.substr(0, 3);
     if (code.size() < 3 || code[0] < '2' || code[0] > '5' || code.find_first_not_of("0123456789") != code.npos)
@@ -2198,6 +2245,8 @@ class address_parser {
 
     explicit address_parser(std::string_view input) : text(input) {}
 
+    // A local part and, behind an @, a domain; an address without one is taken, as in Python. The local part is written
+    // anew: in quotes if it has a character that takes them, whether the client wrote it so or not.
     bool get_addr_spec() {
         if (!get_local_part()) return false;
         if (address.find_first_of(DOT_ATOM_ENDS) != address.npos) {
@@ -2219,6 +2268,7 @@ class address_parser {
         return true;
     }
 
+    // <address>, where the > may be missing, as in Python. What is no address may be a route in front of one.
     bool get_angle_addr() {
         get_cfws();
         if (!skip('<')) return false;
@@ -2260,7 +2310,8 @@ class address_parser {
         text.remove_prefix(size);
     }
 
-    // Text with its quoted pairs resolved, up to white space or one of `ends`.
+    // Text with its quoted pairs resolved, up to white space or one of `ends`. A backslash does not protect white
+    // space.
     void get_ptext(std::string_view ends) {
         for (bool escape = false; !text.empty() && !in(text[0], WSP); text.remove_prefix(1)) {
             if (!escape && in(text[0], ends)) return;
@@ -2271,12 +2322,14 @@ class address_parser {
 
     void get_fws() { text = lstrip(text); }
 
+    // Python's atoms have no list of what they may have, but one of what ends them: any other byte will do.
     bool get_atext() {
         const std::size_t size = std::min(text.find_first_of(ATOM_ENDS), text.size());
         take(size);
         return size > 0;
     }
 
+    // The quotes are left out here: get_addr_spec() puts them back where the local part needs them.
     void get_bare_quoted_string() {
         skip('"');
         while (!text.empty() && text[0] != '"') {
@@ -2288,6 +2341,7 @@ class address_parser {
         skip('"');
     }
 
+    // Comments nest. They are counted and not recursed into: a line of parentheses takes no stack.
     void get_comment() {
         int depth = 0;
         do {
@@ -2317,6 +2371,7 @@ class address_parser {
         return true;
     }
 
+    // What is not a dot-atom is left for another reading; white space and comments in front have been taken.
     bool get_dot_atom() {
         get_cfws();
         const std::string_view found = text.substr(0, text.find_first_of(DOT_ATOM_ENDS));
@@ -2327,6 +2382,7 @@ class address_parser {
         return true;
     }
 
+    // An atom or a quoted string, with comments and white space around it.
     bool get_word() {
         get_cfws();
         if (!next_is('"')) return get_atom();
@@ -2335,6 +2391,7 @@ class address_parser {
         return true;
     }
 
+    // A dot-atom or a word, which must end where a phrase does. Otherwise it is all read again, more leniently.
     bool get_local_part() {
         const std::string_view start = text;
         get_cfws();
@@ -2342,7 +2399,7 @@ class address_parser {
         if (text.empty() || text == "\"") return false;
         if (!get_dot_atom() && !get_word() && ends_phrase()) return false;
         if (ends_phrase()) return true;
-        text = start;   // what follows is neither: read it all once more, by the obsolete grammar
+        text = start;
         address.clear();
         get_obs_local_part();
         return true;
@@ -2366,6 +2423,7 @@ class address_parser {
         }
     }
 
+    // [ and ], with any text between them but another bracket. get_addr_spec() looks at it more closely.
     bool get_domain_literal() {
         take();   // the bracket
         if (next_in(WSP)) get_fws();
@@ -2377,6 +2435,7 @@ class address_parser {
         return true;
     }
 
+    // A literal, or atoms with dots between them, which may have white space and comments around them.
     bool get_domain() {
         get_cfws();
         if (next_is('[')) return get_domain_literal();
@@ -2388,6 +2447,7 @@ class address_parser {
         return true;
     }
 
+    // @one,@two: in front of an address was the way to it (RFC 822). It is read and left out.
     bool get_obs_route() {
         while (get_cfws() || skip(',')) {}
         if (!skip('@') || !get_domain()) return false;
@@ -2399,6 +2459,7 @@ class address_parser {
     }
 };
 
+// As in smtpd.py, the first character decides between <address> and a bare one.
 bool parse_address(std::string_view arg, std::string& address, std::string_view& rest) {
     address_parser parser(arg);
     const bool in_brackets = lstrip(arg).substr(0, 1) == "<";

@@ -16,7 +16,7 @@
 // SMTPServer listens and makes an SMTPChannel for each client; the channel holds the conversation and hands
 // each message to process_message(). DebuggingServer prints the messages, PureProxy passes them on to another
 // server, MailmanProxy gives those for mailing lists to Mailman. Everything runs in the loop of asyncore.hpp,
-// whose rules of ownership hold here: channels belong to the map, servers to whoever made them.
+// whose rules of ownership hold here: channels belong to the map, servers to the code that made them.
 
 #ifndef SMTPD_HPP
 #define SMTPD_HPP
@@ -51,9 +51,9 @@ struct timeouts {
     std::chrono::milliseconds connect{30000};   // for each address that a name stands for
     std::chrono::milliseconds greeting{300000};
     std::chrono::milliseconds command{300000};            // EHLO, MAIL, RCPT, RSET
-    std::chrono::milliseconds data_initiation{120000};    // the answer to DATA
+    std::chrono::milliseconds data_initiation{120000};    // the reply to DATA
     std::chrono::milliseconds data_block{180000};         // any progress while the message is sent
-    std::chrono::milliseconds data_termination{600000};   // the answer to the message
+    std::chrono::milliseconds data_termination{600000};   // the reply to the message
     std::chrono::milliseconds quit{5000};
 
     static timeouts all(std::chrono::milliseconds time) { return {time, time, time, time, time, time, time}; }
@@ -110,8 +110,8 @@ struct options {
     asyncore::address mailman_lmtp{"127.0.0.1", 8024};
 };
 
-// A reply that is given later: a token for it. Copies are the same token, and the first answer counts. When the last
-// copy goes without one, the client gets 451. It belongs to the loop's thread; asyncore::trigger takes it there.
+// A reply that is given later: a token for it. Copies are the same token, and the first answer() counts. When the last
+// copy goes and there was none, the client gets 451. It belongs to the loop's thread; asyncore::trigger takes it there.
 class deferred_reply {
   public:
     deferred_reply() = default;   // for no client
@@ -165,7 +165,7 @@ class SMTPChannel : public asynchat::async_chat {
     std::vector<std::string> mail_options, rcpt_options;   // of the last MAIL and RCPT that were accepted
     std::string received_lines;                            // what has come of the line, or of the message
     std::string received_data;                             // the last message
-    std::size_t num_bytes = 0;   // received of the line or message, those that are not kept included
+    std::size_t num_bytes = 0;   // received of the line or message; past its limit no more are counted
     std::string fqdn;
     asyncore::address peer;
 
@@ -219,7 +219,7 @@ class SMTPChannel : public asynchat::async_chat {
     virtual void smtp_EXPN(argument arg);
 
     void close() override;
-    void resume() override;   // the idle clock starts anew
+    void resume() override;   // the idle clock, which a pause stops, starts anew
     void handle_close() override;
     void handle_write() override;
     asyncore::clock::time_point deadline() override;
@@ -246,9 +246,9 @@ class SMTPChannel : public asynchat::async_chat {
     virtual std::vector<std::string> extensions() const { return {}; }
     // The syntax of a verb, as HELP and the 501 replies tell it; "" when there is none. Not in Python.
     virtual std::string syntax(std::string_view verb) const;
-    // The answer that the client has been waiting for: it is sent, and the channel goes on.
+    // Gives the client the reply that it waits for, and the channel goes on.
     void answer(std::string_view reply);
-    // What defer() gave is gone, and nothing was answered: 451.
+    // All tokens of defer() have gone, and none has answered: 451.
     virtual void answer_lost();
 
   private:
@@ -267,7 +267,7 @@ class SMTPChannel : public asynchat::async_chat {
     std::exception_ptr log_unless_ExitNow(std::string_view what);
     bool refused(const std::string& reply);
     void handle_command(std::string_view line, std::size_t size);
-    void handle_message(std::string&& line, std::size_t size);
+    void handle_message(std::string&& message, std::size_t size);
     void make_room(std::size_t more);
     bool in_hand() const { return smtp_state == DATA || paused(); }
     void say_goodbye(std::string_view reply);
@@ -302,7 +302,7 @@ class SMTPServer : public asyncore::dispatcher {
     ~SMTPServer() override;   // closes the channels
     std::string class_name() const override { return "smtpd.SMTPServer"; }
 
-    // Whether it passes on mail to wherever it is addressed, for whoever connects.
+    // Whether it passes mail on to any address, for any client: main.cpp then warns when strangers can reach it.
     virtual bool relays() const { return false; }
 
     // Makes the channel of a client: override it to use one of your own.
@@ -316,8 +316,8 @@ class SMTPServer : public asyncore::dispatcher {
                                                        const std::vector<std::string>& rcpttos, std::string&& data,
                                                        const message_options& kwargs);
 
-    // Stops listening; each channel says 421, those with a message in hand when they have done with it, all of
-    // them within `grace`. The loop goes on until they are gone. No channel may destroy the server meanwhile.
+    // Stops listening. Each channel says 421: at once, or when the message in hand is done, and within `grace`. The
+    // loop goes on until they are gone. No channel may destroy the server meanwhile.
     virtual void stop(std::chrono::milliseconds grace);
     // Throws when it can't do its work as it is set up. The program asks once, when it has dropped its privileges.
     virtual void check_settings() const {}
@@ -375,7 +375,7 @@ struct letter {
 };
 
 // A session with a server, from the client's side, in the same loop as everything else. One command at a time:
-// each method sends one and gives its answer to `then`, once, also when the connection is lost (code -1, or
+// each method sends one and gives the reply to `then`, once, also when the connection is lost (code -1, or
 // 421; the session is closed then). Give it to its map once it has begun to connect:
 //
 //     auto session = std::make_unique<smtpd::SMTP>();
@@ -390,7 +390,7 @@ struct letter {
 //     close()     at once, without a word to the server; the handler gets -1
 //
 // A session that its map owns may be ended by any handler, its own included: quit() or close(). One that you own must
-// not be destroyed in its own handler or on_close. Destroyed while an answer is awaited, it calls on_close and nothing
+// not be destroyed in its own handler or on_close. Destroyed while a reply is awaited, it calls on_close and nothing
 // else. A handler that is null is std::invalid_argument; what on_close throws is logged.
 //
 // smtplib.py: SMTP
@@ -435,21 +435,21 @@ class SMTP : public asynchat::async_chat {
     // smtplib.py: SMTP.rcpt
     void rcpt(const std::string& recipient, handler then);
     // Sends DATA and the message: every line end becomes CR LF, dots are doubled, a last line end is added when it
-    // is missing. The answer is the last one, or that to DATA when it is not 354; any yes to the message is 250.
-    // smtplib.py: SMTP.data
+    // is missing. The reply is the one to the message, or that to DATA when it is not 354; any yes to the message is
+    // 250. smtplib.py: SMTP.data
     void data(letter msg, handler then);
     // smtplib.py: SMTP.rset
     void rset(handler then) { docmd("RSET", std::move(then)); }
-    // says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
+    // Says QUIT, after the command under way, and closes soon. smtplib.py: SMTP.quit
     void quit();
     // MAIL, each RCPT, DATA, for a session that is past EHLO. Recipients that are refused are in `refused`; when
-    // `all` is set, one refusal is enough to give up. The answer is 250 when the message was taken, or what
+    // `all` is set, one refusal is enough to give up. The reply is 250 when the message was taken, or what
     // stopped it. An address that is not ASCII takes a server with SMTPUTF8. smtplib.py: SMTP.sendmail
     void sendmail(const std::string& from_addr, const std::vector<std::string>& to_addrs, letter msg,
                   const std::vector<std::string>& mail_options, bool all,
                   std::function<void(const reply&, const refused&)> then);
 
-    // Calls nobody any more.
+    // From now on no handler is called, nor on_close.
     void forget();
     // forget() and quit(): for a session that is of no use any more.
     void abandon() noexcept;
@@ -465,10 +465,10 @@ class SMTP : public asynchat::async_chat {
     void close() override;
 
   protected:
-    // Ends the session: who waits is told -1 and why.
+    // Ends the session: the handler that waits gets -1 and why.
     void fail(const std::string& why);
     virtual std::string ehlo_msg() const { return "EHLO"; }
-    // How many answers follow a message that `recipients` were accepted for.
+    // How many replies follow a message that `recipients` were accepted for.
     virtual std::size_t data_replies(std::size_t /*recipients*/) const { return 1; }
 
   private:
@@ -485,7 +485,7 @@ class SMTP : public asynchat::async_chat {
     std::string own_name() const;
 
     timeouts wait_;
-    handler then_;   // who waits for the answer
+    handler then_;   // waits for the reply
     asyncore::clock::time_point due_ = asyncore::clock::time_point::max();
     std::vector<asyncore::address> candidates_;   // addresses not tried yet
     std::string line_, why_;
@@ -501,7 +501,7 @@ class SMTP : public asynchat::async_chat {
     std::size_t replies_left_ = 1;   // that the command under way will bring
 };
 
-// The same with LHLO, and an answer for each recipient after the message: the worst of them is reported
+// The same with LHLO, and a reply for each recipient after the message: the worst of them is reported
 // (RFC 2033). smtplib.py: LMTP
 class LMTP : public SMTP {
   public:
@@ -540,10 +540,10 @@ SMTP::refused sendmail(const asyncore::address& server, const std::string& from_
 // The proxies
 // ---------------------------------------------------------------------------------------------------------
 
-// Passes each message on to `remoteaddr`, and each answer back: MAIL and RCPT as they come (250 OK for a yes,
-// the server's own words for a no), and the answer to the message. A server that is lost or makes no sense is
-// 451 for the client, and the transaction is over. Anybody who may connect can send anywhere: mind where it
-// listens. smtpd.py: PureProxy
+// Passes each message on to `remoteaddr`, and each reply back: to MAIL and RCPT as they come (250 OK for a yes,
+// the server's own words for a no), and to the message. A server that is lost or makes no sense is 451 for the client,
+// and the transaction is over. Each client that can connect can send anywhere: mind where it listens.
+// smtpd.py: PureProxy
 class PureProxy : public SMTPServer {
   public:
     using SMTPServer::SMTPServer;
@@ -562,7 +562,7 @@ class PureProxy : public SMTPServer {
                                                const message_options& kwargs) override;
 
     // Sends a whole message by a connection of its own, to all of the recipients or to none; `then` gets the
-    // answer.
+    // reply.
     void _deliver(const std::string& mailfrom, const std::vector<std::string>& rcpttos, std::string data,
                   SMTP::handler then);
 
@@ -573,12 +573,12 @@ class PureProxy : public SMTPServer {
     virtual side route(const std::string& /*recipient*/) const { return side::upstream; }
     // The name by which that side knows the recipient.
     virtual std::string address_for(side /*to*/, const std::string& recipient) const { return recipient; }
-    // MAIL is answered by upstream; otherwise with 250, and a side is asked when it gets a recipient.
+    // True: upstream answers MAIL. False: MAIL gets 250, and a side is asked when it has its first recipient.
     virtual bool asks_at_MAIL() const { return true; }
     // A session with that side, before it connects: override it for one of your own, with TLS say.
     virtual std::unique_ptr<SMTP> make_session(side to) const;
     // Sends the message on the transaction that the client's channel has open there, or by a connection of its own
-    // when a subclass has changed the envelope. `then` gets the answer.
+    // when a subclass has changed the envelope. `then` gets the reply.
     void relay(side to, const std::string& mailfrom, const std::vector<std::string>& rcpttos, letter message,
                const message_options& kwargs, SMTP::handler then);
 
@@ -589,7 +589,7 @@ class PureProxy : public SMTPServer {
     const asyncore::address& address_of(side to) const;
 
     std::set<SMTP*> deliveries_;   // sessions of deliver()
-    // When all sessions end, whoever uses them: see stop().
+    // The time by which all sessions end: see stop().
     std::shared_ptr<asyncore::clock::time_point> stop_by_ =
         std::make_shared<asyncore::clock::time_point>(asyncore::clock::time_point::max());
 };
@@ -655,7 +655,7 @@ class MailmanProxy : public PureProxy {
     // Is there such a list? Both in lower case. Here: a folder NAME.DOMAIN in settings.mailman_lists. Throws
     // std::system_error when that can't be told: the recipient gets 451.
     virtual bool list_exists(const std::string& listname, const std::string& domain) const;
-    // Gives Mailman the message for its recipients, and `then` the answer. Here: by LMTP. Without a
+    // Gives Mailman the message for its recipients, and `then` the reply. Here: by LMTP. Without a
     // settings.mailman_lmtp the recipients are accepted because list_exists() says so, and this is to be overridden.
     virtual void enqueue(const std::string& mailfrom, const std::vector<std::string>& recipients, std::string message,
                          const message_options& kwargs, SMTP::handler then);

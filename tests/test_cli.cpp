@@ -225,7 +225,7 @@ class client {
         return ready(sock_.fileno(), POLLOUT, 5000) && sock_.getsockopt(SOL_SOCKET, SO_ERROR) == 0;
     }
     std::string receive(std::size_t most) {
-        if (!ready(sock_.fileno(), POLLIN, 10000)) throw std::runtime_error("the program says nothing");
+        if (!ready(sock_.fileno(), POLLIN, 10000)) throw std::runtime_error("no reply from the program in ten seconds");
         std::string result(most, '\0');
         try {
             result.resize(sock_.recv(&result[0], most));
