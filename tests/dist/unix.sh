@@ -9,8 +9,9 @@
 # ONLY, a pattern for the core tests; ZIG and ZIG_CACHE, see below.
 #
 # Debian's packages for all of it: g++-12 clang-14 libc++-14-dev libc++abi-14-dev g++-12-multilib
-# g++-12-s390x-linux-gnu g++-12-arm-linux-gnueabihf qemu-user-static make bmake npm. Musl and what is not Linux is
-# compiled with Zig, which is installed at the first use (see zig.sh).
+# g++-12-s390x-linux-gnu g++-12-arm-linux-gnueabihf g++-12-mips-linux-gnu qemu-user-static make bmake npm. Musl and what
+# is not Linux is compiled with Zig, which is installed at the first use (see zig.sh). Mips is not: pipe() returns the
+# wrong thing there with Zig's C library.
 #
 # A target whose tool is missing is skipped, or fails when NO_SKIP is set. Exit status: 0, 1 when a target failed,
 # 77 when all were skipped.
@@ -29,7 +30,7 @@ linux-s390x|run|run|qemu-s390x-static|s390x-linux-gnu-g++-12 -std=c++17|qemu-s39
 linux-armhf|run|run|qemu-arm-static|arm-linux-gnueabihf-g++-12 -Wno-psabi -D_FILE_OFFSET_BITS=64 -std=c++17|qemu-arm-static -L /usr/arm-linux-gnueabihf
 musl-riscv64|run|-|zig|zig c++ -target riscv64-linux-musl -static -std=c++17|qemu-riscv64-static
 musl-ppc64le|run|-|zig|zig c++ -target powerpc64le-linux-musl -static -std=c++17|qemu-ppc64le-static
-musl-mips|run|-|zig|zig c++ -target mips-linux-musleabihf -static -std=c++17|qemu-mips-static
+linux-mips|run|-|qemu-mips-static|mips-linux-gnu-g++-12 -std=c++17|qemu-mips-static -L /usr/mips-linux-gnu
 musl-aarch64|run|-|zig|zig c++ -target aarch64-linux-musl -static -std=c++17|qemu-aarch64-static
 linux-musl-static|run|run|zig|zig c++ -target x86_64-linux-musl -static -std=c++17|
 freebsd-x86_64|link|link|zig|zig c++ -target x86_64-freebsd -std=c++17|
