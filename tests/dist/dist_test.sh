@@ -31,7 +31,7 @@ cd "$work/checkout"
 make dist >"$work/log" 2>&1 || { cat "$work/log"; fail "make dist"; }
 grep skipped "$work/log" || true
 cd dist
-for file in smtpd-$version.tar.gz smtpd.hpp smtpd.cpp; do
+for file in smtpd-$version.tar.gz smtpd.hpp smtpd.cpp fixture.hpp; do
     [ -s $file ] && grep -q " $file\$" SHA256SUMS || fail "there is no $file, or no checksum of it"
 done
 ls | grep -v '^SHA256SUMS$' | sort >../files
