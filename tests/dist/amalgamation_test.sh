@@ -36,7 +36,7 @@ if [ -f "$root/LICENSE" ]; then
         [ "$(grep -c -i copyright $file)" -ge "$notices" ] || fail "$file lacks a notice of LICENSE"
     done
 fi
-grep -n '<poll.h>' dist/smtpd.hpp && fail "the header includes <poll.h>, where AIX has macros for names such as events"
+grep -n '^#include <poll.h>' dist/smtpd.hpp && fail "the header includes <poll.h>, where AIX has macros for names such as events"
 echo "ok: two files, no more, and the fixture"
 # A second run over the same sources gives the same bytes.
 "$root/tests/dist/amalgamate.sh" "$work/again" >/dev/null

@@ -3,6 +3,7 @@
 #undef NDEBUG
 #include "fixture.hpp"
 
+#include <poll.h>
 #include <unistd.h>
 
 #include <cassert>

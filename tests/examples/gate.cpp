@@ -29,7 +29,8 @@ struct Gate : smtpd::PureProxy {
     std::optional<std::string> process_message(const asyncore::address&, const std::string& mailfrom,
                                                const std::vector<std::string>& rcpttos, std::string&& data,
                                                const smtpd::message_options& kwargs) override {
-        relay(route(rcpttos[0]), mailfrom, rcpttos, {std::move(data), true}, kwargs,
+        data += '\n';   // the last line's end, which was half of the end of data
+        relay(route(rcpttos[0]), mailfrom, rcpttos, std::move(data), kwargs,
               [reply = kwargs.defer()](const smtpd::reply& said) {
                   const bool told = said.code >= 250 && said.code != 421;   // otherwise it is lost
                   reply.answer(told ? said.line() : "451 Error: the next server is not available");

@@ -3,6 +3,8 @@
 // MS
 #include "tls.hpp"
 
+#include <poll.h>
+
 #include <iostream>
 
 namespace {
