@@ -227,6 +227,7 @@ void test_transcript() {
                "S: 354 End data with <CR><LF>.<CR><LF>\nC: Subject: \\xc3\\xbc\nC: \nC: ..x\nC: .\nS: 250 OK\n"));
     for (int i = 0; i < 50; ++i) it.say("NOOP");
     assert(mail.transcript().size() < 700 && has(mail.transcript(), "... (and more)\n"));
+    const std::lock_guard<std::mutex> guard(lock);
     assert(logged.size() > 100 && logged[1] == "C: EHLO me");
 }
 
