@@ -948,6 +948,7 @@ std::size_t newline_length(std::string_view text, bool str) {
     if (text[0] == '\r') return text.substr(0, 2) == "\r\n" ? 2 : 1;
     if (!str) return 0;
     if (text[0] == '\v' || text[0] == '\f' || (text[0] >= 0x1c && text[0] <= 0x1e)) return 1;
+    if (text[0] != '\xc2' && text[0] != '\xe2') return 0;
     for (const std::string_view wide : {"\u0085", "\u2028", "\u2029"})
         if (text.substr(0, wide.size()) == wide) return wide.size();
     return 0;
@@ -1235,8 +1236,8 @@ struct header {
         while (const std::size_t length = line_length(message.substr(end))) {
             const std::string_view line = message.substr(end, length);
             const auto is = [line](std::string_view name) {
-                const std::size_t size = name.size();
-                return line.size() >= size && line[size - 1] == ':' && upper(line.substr(0, size)) == name;
+                const auto same = [](char a, char b) { return a == b || (a >= 'A' && a + ('a' - 'A') == b); };
+                return line.size() >= name.size() && std::equal(name.begin(), name.end(), line.begin(), same);
             };
             hops += is("X-PEER:");
             from = from || is("FROM:");
@@ -1626,8 +1627,14 @@ class message_producer : public asynchat::producer {
                 continue;
             }
             if (!in_line_ && left_[0] == '.') *out++ = '.';
-            const std::size_t length = line_length(left_.substr(0, static_cast<std::size_t>(end - out)));
-            out = std::copy_n(left_.data(), length, out);
+            const std::size_t room = std::min(left_.size(), static_cast<std::size_t>(end - out));
+            std::size_t length = 0;
+            while (length < room && length < 8 && !is_line_end(left_[length])) *out++ = left_[length++];
+            if (length == 8) {   // a longer line is worth a search
+                const std::size_t rest = line_length(left_.substr(8, room - 8));
+                out = std::copy_n(left_.data() + 8, rest, out);
+                length += rest;
+            }
             left_.remove_prefix(length);
             in_line_ = true;
         }
