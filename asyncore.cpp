@@ -189,8 +189,8 @@ struct map_type::receive_buffer {
 //
 // A short pass does the same for the hot ones alone: see loop().
 struct map_type::pass : visit {
-    const std::optional<double> patience;   // seconds that a short pass waits at most; none: it is a full one
-    const bool large;                       // otherwise a pass costs too little to save any
+    const double patience;   // seconds that a short pass waits at most; negative: it is a full one
+    const bool large;        // otherwise a pass costs too little to save any
     std::vector<pollfd> wanted;
     int highest = -1;           // descriptor of these
     int left_to_do = 0;         // events that have come and not been looked at
@@ -200,7 +200,7 @@ struct map_type::pass : visit {
     clock::time_point woken{};
     std::chrono::nanoseconds cost{};   // of a full pass over a large map, handlers aside, in processor time
 
-    explicit pass(map_type& m, std::optional<double> p = std::nullopt) : visit(m), patience(p), large(m.size_ >= 32) {
+    explicit pass(map_type& m, double p = -1) : visit(m), patience(p), large(m.size_ >= 32) {
         wanted.swap(map.wanted_);
         wanted.clear();
     }
@@ -209,12 +209,12 @@ struct map_type::pass : visit {
 
     // Python: poll2 takes a negative timeout for none, as poll() does; select() has no such time.
     void run(std::optional<double> timeout, bool use_poll) {
-        if (timeout && !(*timeout >= 0)) {
+        if (!(timeout.value_or(0) >= 0)) {
             if (!use_poll) throw std::invalid_argument("timeout must be non-negative");
             timeout.reset();
         }
         if (map.empty()) return;
-        if (patience) timeout = std::min(timeout.value_or(*patience), *patience);
+        if (!full()) timeout = std::min(timeout.value_or(patience), patience);
         collect();
         if (use_poll || highest >= FD_SETSIZE)
             poll(timeout);   // Python's select() dies of such a descriptor: ValueError
@@ -223,17 +223,18 @@ struct map_type::pass : visit {
         expire();
     }
 
+    bool full() const { return patience < 0; }
     bool many_hot() const { return map.hot_.size() > map.size_ / 4; }
 
     // The descriptors that this pass is about: all of them, in order, or the hot ones. A handler may change either.
-    std::size_t size() const { return patience ? map.hot_.size() : map.slots_.size(); }
-    int at(std::size_t i) const { return patience ? map.hot_[i] : static_cast<int>(i); }
+    std::size_t size() const { return full() ? map.slots_.size() : map.hot_.size(); }
+    int at(std::size_t i) const { return full() ? static_cast<int>(i) : map.hot_[i]; }
 
     // Asks everyone. An object that closes while it is asked is left out; one that is registered meanwhile is asked in
     // the next pass, so that an object that makes another one each time does not keep the loop from waiting.
     void collect() {
         newest = map.registrations_;   // who registers from now on is a newcomer
-        if (large && !patience) {
+        if (large && full()) {
             cost = -processor_time();
             const auto cold = [this](int fd) { return --map.heat_[static_cast<std::size_t>(fd)] == 0; };
             map.hot_.erase(std::remove_if(map.hot_.begin(), map.hot_.end(), cold), map.hot_.end());
@@ -405,7 +406,7 @@ void poll2(std::optional<double> timeout, map_type* map) { map_type::pass(map_or
 // that a caller asked for.
 void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::optional<int> count) {
     map_type& map = map_or_default(map_);
-    std::optional<double> patience;
+    double patience = -1;
     clock::time_point until{};   // of the short passes
     while (!map.empty() && count.value_or(1) > 0) {
         map_type::pass pass(map, patience);
@@ -414,11 +415,11 @@ void loop(std::optional<double> timeout, bool use_poll, map_type* map_, std::opt
             --*count;
             continue;
         }
-        if (!patience) {
+        if (pass.full()) {
             patience = std::chrono::duration<double>(pass.cost).count();
             until = std::min(pass.woken + 10 * pass.cost, pass.nearest);
         }
-        if (pass.dry || pass.woken >= until || pass.many_hot()) patience.reset();
+        if (pass.dry || pass.woken >= until || pass.many_hot()) patience = -1;
     }
 }
 
