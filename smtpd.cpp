@@ -1462,10 +1462,11 @@ void MailmanProxy::enqueue_next(const std::string& mailfrom, std::vector<std::st
                                 const message_options& kwargs, SMTP::handler then) {
     const std::string first = recipients.front();
     recipients.erase(recipients.begin());
-    relay(side::lists, mailfrom, {first}, message, kwargs, [=](const reply& said) {
-        if (said.code != 250 || recipients.empty()) return then(said);
-        enqueue_next(mailfrom, recipients, message, kwargs, then);
-    });
+    relay(side::lists, mailfrom, {first}, message, kwargs,
+          [this, mailfrom, recipients, message, kwargs, then](const reply& said) {
+              if (said.code != 250 || recipients.empty()) return then(said);
+              enqueue_next(mailfrom, recipients, message, kwargs, then);
+          });
 }
 
 // The message is one string throughout: upstream's first, then that of the lists. So there is one copy of it in memory,
@@ -1481,7 +1482,8 @@ std::optional<std::string> MailmanProxy::process_message(const address&, const s
     const std::string added =
         (top.from ? "" : "From: " + mailfrom + "\n") + (top.date ? "" : "Date: " + date_now() + "\n");
     const letter message(std::move(data));
-    const SMTP::handler then = [=, reply = kwargs.defer()](const auto& said) {
+    const SMTP::handler then = [this, mailfrom, listrcpts, message, top, added, kwargs,
+                                reply = kwargs.defer()](const auto& said) {
         const SMTP::handler finish = [reply](const auto& last) { reply.answer(final_answer(last)); };
         if (said.code != 250 || listrcpts.empty()) return finish(said);
         message.text->insert(top.end, added);
