@@ -88,7 +88,7 @@ makefile() {
         { echo "TESTS in the Makefile is not what is in tests/"; return 1; }
     mkdir -p copy/tests
     cp "$root"/*.?pp "$root/Makefile" "$root/README.md" "$root/LICENSE" copy
-    cp "$root"/tests/*.?pp copy/tests && cp -R "$root/tests/dist" "$root/tests/fuzz" "$root/tests/reference" copy/tests || return 1
+    cp "$root"/tests/*.?pp copy/tests && cp -R "$root/tests/examples" "$root/tests/dist" "$root/tests/fuzz" "$root/tests/reference" copy/tests || return 1
     (
         cd copy
         ls . tests >../before
